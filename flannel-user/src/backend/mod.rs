@@ -1,0 +1,3 @@
+//! Backends: (leases, node) → forwarding table, and what this node publishes.
+
+pub mod vxlan;

@@ -1,0 +1,1 @@
+//! Flags and environment (contract section 2).

@@ -1,0 +1,1 @@
+//! Kernel link, address, route, neighbour and FDB changes as wake-ups.

@@ -1,0 +1,1 @@
+//! The kernel datapath: flannel.<VNI>, its address, routes, neighbours and FDB.

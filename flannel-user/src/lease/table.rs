@@ -1,0 +1,1 @@
+//! Every known lease, kept from a snapshot and the changes after it.

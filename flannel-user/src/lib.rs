@@ -1,0 +1,17 @@
+//! The agent of flannel-ebpf as a library: `flanneld` and `flannelctl` are thin.
+//!
+//! Arrows go one way: `source` → `lease` → `backend` → `forwarding` →
+//! `reconcile` → `datapath`. Kernel events and the control socket only wake
+//! the reconcile loop.
+
+pub mod backend;
+pub mod config;
+pub mod datapath;
+pub mod forwarding;
+pub mod lease;
+pub mod mac;
+pub mod network;
+pub mod observe;
+pub mod source;
+pub mod subnet_file;
+pub mod uplink;

@@ -1,0 +1,3 @@
+//! What an operator can see: the status document.
+
+pub mod status;

@@ -1,0 +1,137 @@
+//! The status document: what `flannelctl status -o json` prints and the lab asserts on.
+
+use std::net::Ipv4Addr;
+
+use ipnet::Ipv4Net;
+use serde::{Deserialize, Serialize};
+
+use crate::network::FastPath;
+
+/// Which datapath carries pod traffic now. The kernel path is complete in both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// eBPF programs are attached; what they leave goes through the kernel.
+    Ebpf,
+    /// No program is attached; everything goes through `flannel.<VNI>`.
+    Netlink,
+}
+
+/// The whole state of one agent.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// Version of `flanneld`.
+    pub version: String,
+    /// Process id of the agent.
+    pub pid: u32,
+    /// The datapath in force.
+    pub mode: Mode,
+    /// Why it is that one, in a sentence.
+    pub mode_reason: String,
+    /// Which packets the programs may take.
+    pub fast_path: FastPath,
+    /// This node.
+    pub node: NodeStatus,
+    /// The lease source.
+    pub source: SourceStatus,
+    /// Every peer, in order of its subnet.
+    pub peers: Vec<PeerStatus>,
+    /// Every local pod, in order of its address.
+    pub pods: Vec<PodStatus>,
+    /// One row per outcome of the programs, in order of their index; empty in netlink mode.
+    pub counters: Vec<CounterStatus>,
+    /// How the kernel datapath fares.
+    pub kernel: KernelStatus,
+}
+
+/// What this node is and publishes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NodeStatus {
+    /// The own pod subnet.
+    pub subnet: Ipv4Net,
+    /// All pod subnets.
+    pub network: Ipv4Net,
+    /// The address that peers send to.
+    pub public_ip: Ipv4Addr,
+    /// Name of the uplink.
+    pub uplink: String,
+    /// Name of the tunnel device.
+    pub device: String,
+    /// Its MAC address.
+    pub vtep_mac: String,
+    /// MTU of pods, in bytes.
+    pub mtu: u32,
+}
+
+/// The lease source.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SourceStatus {
+    /// Kind and place, without secrets.
+    pub source: String,
+    /// A snapshot has been applied and no fault is known since.
+    pub in_sync: bool,
+    /// Seconds since 1970 at which the own lease ends; `None` for a reservation.
+    pub lease_expires: Option<u64>,
+}
+
+/// One peer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PeerStatus {
+    /// Its pod subnet.
+    pub subnet: Ipv4Net,
+    /// Its public address.
+    pub node: Ipv4Addr,
+    /// MAC address of its tunnel device.
+    pub vtep_mac: String,
+    /// Next hop on the uplink; `None` while there is no route (kernel path only).
+    pub next_hop: Option<Ipv4Addr>,
+}
+
+/// One local pod.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PodStatus {
+    /// Its address.
+    pub address: Ipv4Addr,
+    /// The host side of its veth.
+    pub interface: String,
+    /// A program is attached there.
+    pub attached: bool,
+}
+
+/// Packets with one outcome, summed over all CPUs since the maps were made.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CounterStatus {
+    /// The outcome's label, for instance `encapsulated` or `decapsulated`.
+    pub reason: String,
+    /// `out` (pod to peer) or `in` (peer to pod).
+    pub direction: String,
+    /// `forwarded`, `kernel` (left untouched to the stack) or `dropped`.
+    pub action: String,
+    /// Packets; a large segmentation-offload packet counts once.
+    pub packets: u64,
+    /// Bytes of those packets from the Ethernet header on, as the hook saw them.
+    pub bytes: u64,
+    /// The outcome in a sentence.
+    pub text: String,
+}
+
+/// The kernel datapath.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct KernelStatus {
+    /// Objects that something else removed or changed and that were put back since start.
+    pub repairs: u64,
+    /// The last fault, if the last pass did not end well.
+    pub last_error: Option<String>,
+}
+
+impl Status {
+    /// Packets with the outcome `reason`, 0 when it is not listed.
+    #[must_use]
+    pub fn packets(&self, reason: &str) -> u64 {
+        self.counters
+            .iter()
+            .filter(|row| row.reason == reason)
+            .map(|row| row.packets)
+            .sum()
+    }
+}

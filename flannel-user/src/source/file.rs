@@ -1,0 +1,1 @@
+//! Leases in a directory that the agents of a machine share.

@@ -1,0 +1,1 @@
+//! subnet.env (contract section 13).

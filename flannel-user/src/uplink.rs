@@ -1,0 +1,1 @@
+//! Choice of the uplink and the public address (contract section 16).
