@@ -2,10 +2,9 @@
 
 use std::{
     fs::{self, File},
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Child, Command, ExitStatus, Stdio},
     sync::atomic::{AtomicU32, Ordering},
-    thread,
     time::Duration,
 };
 
@@ -245,14 +244,6 @@ impl Drop for Agent {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-        if thread::panicking() {
-            eprintln!(
-                "--- log of flanneld on {} ({})\n{}---",
-                self.node.name(),
-                Path::new(&self.log).display(),
-                self.log()
-            );
-        }
     }
 }
 

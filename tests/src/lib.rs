@@ -12,12 +12,16 @@
 
 pub mod agent;
 pub mod binaries;
+pub mod capture;
+pub mod exchange;
+pub mod host;
 pub mod lab;
 pub mod namespace;
 pub mod node;
 pub mod original;
 pub mod paths;
 pub mod pod;
+pub mod scenario;
 pub mod scratch;
 pub mod spawner;
 pub mod task;
