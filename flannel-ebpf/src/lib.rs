@@ -8,7 +8,7 @@
 //! * in from a peer: [`decap::deliver`] decides;
 //! * whatever is not forwarded has one [`reason::Reason`].
 
-#![cfg_attr(not(test), no_std)]
+#![cfg_attr(not(any(test, feature = "rows")), no_std)]
 
 pub mod checksum;
 pub mod decap;
@@ -20,4 +20,6 @@ pub mod header;
 pub mod layout;
 pub mod outer;
 pub mod reason;
+#[cfg(any(test, feature = "rows"))]
+pub mod rows;
 pub mod tables;
