@@ -1,1 +1,25 @@
-//! skeleton
+//! Everything the kernel programs decide, and the layout they share with the agent.
+//!
+//! `no_std` and free of I/O: the same functions run behind the hooks in
+//! `main.rs` and under `cargo test` on the host. A packet's way through the
+//! modules:
+//!
+//! * out of a pod: [`encap::encapsulate`] decides, [`outer`] makes the new headers;
+//! * in from a peer: [`decap::deliver`] decides;
+//! * whatever is not forwarded has one [`reason::Reason`].
+
+#![cfg_attr(not(any(test, feature = "rows")), no_std)]
+
+pub mod checksum;
+pub mod decap;
+pub mod ecn;
+pub mod encap;
+pub mod flow;
+pub mod frame;
+pub mod header;
+pub mod layout;
+pub mod outer;
+pub mod reason;
+#[cfg(any(test, feature = "rows"))]
+pub mod rows;
+pub mod tables;

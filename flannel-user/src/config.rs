@@ -1,1 +1,371 @@
 //! Flags and environment (contract section 2).
+//!
+//! Names, defaults and forms are flannel's: `-x` and `--x` are equal, a switch is turned
+//! off with `=false`, and every flag has a variable (`--subnet-file`:
+//! `FLANNELD_SUBNET_FILE`) that the command line overrides. Unlike the original, a value
+//! that cannot be read is an error and ends with a status other than 0.
+
+mod go_flags;
+mod not_yet;
+#[cfg(test)]
+mod tests;
+
+use std::{net::Ipv4Addr, path::PathBuf, time::Duration};
+
+use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum, error::ErrorKind};
+
+use self::{go_flags::Given, not_yet::NotYet};
+use crate::network::FastPath;
+
+/// Largest `--subnet-lease-renew-margin`, in minutes: a minute less than a day.
+const MAX_RENEW_MARGIN: u64 = 1439;
+/// Above this, klog shows no more.
+const MAX_VERBOSITY: u64 = 10;
+
+/// Everything that the command line and the environment say, checked.
+#[derive(Debug, Clone, PartialEq, Eq, Parser)]
+#[command(
+    name = "flanneld",
+    about = "Connects the pods of all nodes; a drop-in flannel with an eBPF datapath",
+    after_help = "Every flag has a variable: --subnet-file is FLANNELD_SUBNET_FILE. The command line wins.",
+    args_override_self = true,
+    disable_version_flag = true,
+    next_line_help = false
+)]
+pub struct Flags {
+    /// Directory of leases and network config that all nodes share
+    #[arg(long, value_name = "DIR", required = true, help_heading = "Leases")]
+    pub lease_dir: PathBuf,
+
+    /// How long a lease lasts unless renewed, in seconds
+    #[arg(long, value_name = "SECONDS", default_value = "86400", value_parser = seconds, help_heading = "Leases")]
+    pub lease_ttl: Duration,
+
+    /// Minutes before its end at which a lease is renewed, 1 to 1439
+    #[arg(long, value_name = "MINUTES", default_value = "60", value_parser = go_flags::integer, help_heading = "Leases")]
+    pub subnet_lease_renew_margin: u64,
+
+    /// Where the CNI plugin finds this node's subnet; also read back at start
+    #[arg(
+        long,
+        value_name = "FILE",
+        default_value = "/run/flannel/subnet.env",
+        help_heading = "Leases"
+    )]
+    pub subnet_file: PathBuf,
+
+    /// Uplink: an interface's name or address; the first that exists (repeatable)
+    #[arg(long, value_name = "NAME|IP", help_heading = "Uplink")]
+    pub iface: Vec<String>,
+
+    /// Uplink: regular expression over addresses, then names (repeatable)
+    #[arg(long, value_name = "REGEX", help_heading = "Uplink")]
+    pub iface_regex: Vec<String>,
+
+    /// Uplink: the interface through which this address is reached
+    #[arg(long, value_name = "IP", help_heading = "Uplink")]
+    pub iface_can_reach: Option<Ipv4Addr>,
+
+    /// Address that other nodes send to
+    #[arg(long, value_name = "IP", help_heading = "Uplink")]
+    pub public_ip: Option<Ipv4Addr>,
+
+    /// Which datapath carries pod traffic; auto takes eBPF where this kernel can
+    #[arg(
+        long,
+        value_enum,
+        ignore_case = true,
+        default_value = "auto",
+        help_heading = "Datapath"
+    )]
+    pub datapath: DatapathChoice,
+
+    /// Which packets the programs may take; else the network config's FastPath, else off
+    #[arg(long, value_enum, ignore_case = true, help_heading = "Datapath")]
+    pub fast_path: Option<FastPath>,
+
+    /// How programs are attached; auto takes tcx where this kernel has it (6.6)
+    #[arg(
+        long,
+        value_enum,
+        ignore_case = true,
+        default_value = "auto",
+        help_heading = "Datapath"
+    )]
+    pub tc_attach: TcAttach,
+
+    /// What happens to tunnel packets that come from no known peer
+    #[arg(
+        long,
+        value_enum,
+        ignore_case = true,
+        default_value = "drop",
+        help_heading = "Datapath"
+    )]
+    pub forged_vxlan: ForgedVxlan,
+
+    /// Where programs, maps and links are pinned
+    #[arg(
+        long,
+        value_name = "DIR",
+        default_value = "/sys/fs/bpf/flannel",
+        help_heading = "Datapath"
+    )]
+    pub bpf_dir: PathBuf,
+
+    /// Masquerade traffic that leaves the pod network (rules are not written yet)
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = clap::ArgAction::Set, value_parser = go_flags::boolean, help_heading = "Firewall")]
+    pub ip_masq: bool,
+
+    /// Socket of flannelctl
+    #[arg(
+        long,
+        value_name = "FILE",
+        default_value = "/run/flannel/control.sock",
+        help_heading = "Operation"
+    )]
+    pub control_socket: PathBuf,
+
+    /// Verbosity: 0 facts, 2 details, 5 everything (10 is the same)
+    #[arg(long = "v", value_name = "LEVEL", default_value = "0", value_parser = go_flags::integer, help_heading = "Operation")]
+    pub verbosity: u64,
+
+    /// Print the version to standard error and leave
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = clap::ArgAction::Set, value_parser = go_flags::boolean, help_heading = "Operation")]
+    version: bool,
+
+    #[command(flatten)]
+    not_yet: NotYet,
+
+    /// What the user should know about the flags given, to be logged once logging works.
+    #[arg(skip)]
+    pub warnings: Vec<String>,
+}
+
+/// `--datapath`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DatapathChoice {
+    /// eBPF where the kernel can, else netlink, with the reason in the status.
+    Auto,
+    /// eBPF programs above the kernel path.
+    Ebpf,
+    /// The kernel path alone.
+    Netlink,
+}
+
+/// `--tc-attach`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TcAttach {
+    /// tcx where the kernel has it, else clsact.
+    Auto,
+    /// tcx links (kernel 6.6).
+    Tcx,
+    /// Filters on a clsact qdisc.
+    Clsact,
+}
+
+/// `--forged-vxlan`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ForgedVxlan {
+    /// Dropped and counted.
+    Drop,
+    /// Left to the kernel, which takes them, as flannel does: peers behind NAT need that.
+    Pass,
+}
+
+/// Why there are no flags to work with.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum FlagsError {
+    /// `--help`; holds the text to print.
+    #[error("{0}")]
+    Help(String),
+    /// `--version`; holds the line to print.
+    #[error("{0}")]
+    Version(String),
+    /// A flag on the command line is unknown or its value unreadable; complete text.
+    #[error("{0}")]
+    Usage(String),
+    /// An argument that belongs to no flag.
+    #[error(
+        "unexpected argument {0:?}: a switch takes its value as in --ip-masq=true, and there is nothing but flags"
+    )]
+    Argument(String),
+    /// A variable's value is unreadable.
+    #[error("cannot use the variable {variable}={value:?}: {cause}")]
+    Variable {
+        /// The variable's name.
+        variable: String,
+        /// Its value.
+        value: String,
+        /// What is wrong with it.
+        cause: String,
+    },
+    /// `--subnet-lease-renew-margin` is outside 1..=1439.
+    #[error(
+        "--subnet-lease-renew-margin is {0} minutes, but must be 1 to {MAX_RENEW_MARGIN}, less than a day"
+    )]
+    RenewMargin(u64),
+    /// No lease source is named.
+    #[error(
+        "no lease source is given: name a directory that all nodes share with --lease-dir (or FLANNELD_LEASE_DIR)"
+    )]
+    NoLeaseSource,
+    /// Part of flannel, but not of this version.
+    #[error("{flag} is given, but {what} not available in this version; {advice}")]
+    NotAvailable {
+        /// The flag or variable as the user gave it.
+        flag: String,
+        /// What it asks for, with its verb.
+        what: &'static str,
+        /// What to do instead.
+        advice: &'static str,
+    },
+}
+
+impl FlagsError {
+    /// Exit status: 0 for help and version, 2 for what cannot be read, 1 for what is
+    /// readable but refused.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Help(_) | Self::Version(_) => 0,
+            Self::Usage(_) | Self::Argument(_) | Self::Variable { .. } => 2,
+            Self::RenewMargin(_) | Self::NoLeaseSource | Self::NotAvailable { .. } => 1,
+        }
+    }
+}
+
+impl Flags {
+    /// Reads flags from `args` (without the program's name) and variables from `env`.
+    ///
+    /// # Errors
+    /// When help or version is asked for, something cannot be read, or something that
+    /// this version lacks is asked for.
+    pub fn parse(
+        args: impl IntoIterator<Item = String>,
+        env: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self, FlagsError> {
+        let mut command = Self::command();
+        command.build();
+        command = command.mut_arg("help", |help| help.help("Print this help"));
+        let line = go_flags::from_arguments(&command, args)?;
+        if line.iter().any(|given| given.name == "help") {
+            return Err(FlagsError::Help(command.render_help().to_string()));
+        }
+        // A variable must not stop the agent from saying what it is.
+        check_readable(&command, &line)?;
+        if line
+            .iter()
+            .rev()
+            .find(|given| given.name == "version")
+            .is_some_and(Given::is_on)
+        {
+            return Err(FlagsError::Version(env!("CARGO_PKG_VERSION").to_owned()));
+        }
+        let environment = go_flags::from_environment(&command, &line, env);
+        for given in &environment {
+            check_readable(&command, std::slice::from_ref(given))?;
+        }
+        let all: Vec<Given> = environment.into_iter().chain(line).collect();
+        let mut warnings = not_yet::check(&all)?;
+        let matches = command
+            .try_get_matches_from_mut(argv(&all))
+            .map_err(|error| match error.kind() {
+                ErrorKind::MissingRequiredArgument => FlagsError::NoLeaseSource,
+                _ => FlagsError::Usage(text_of(&error)),
+            })?;
+        let mut flags =
+            Self::from_arg_matches(&matches).map_err(|error| FlagsError::Usage(text_of(&error)))?;
+        let margin = flags.subnet_lease_renew_margin;
+        if !(1..=MAX_RENEW_MARGIN).contains(&margin) {
+            return Err(FlagsError::RenewMargin(margin));
+        }
+        if flags.ip_masq {
+            warnings.push(
+                "--ip-masq: masquerade rules are not written in this version, so pods reach the outside only if something else masquerades them; FLANNEL_IPMASQ=true still tells the CNI plugin not to"
+                    .to_owned(),
+            );
+        }
+        flags.warnings = warnings;
+        Ok(flags)
+    }
+
+    /// Reads the flags of this process. Where there are none to work with, prints why and
+    /// ends the process: help to standard output, version and errors to standard error.
+    #[must_use]
+    pub fn from_process() -> Self {
+        let lossy = |text: std::ffi::OsString| text.to_string_lossy().into_owned();
+        let args = std::env::args_os().skip(1).map(lossy);
+        let env = std::env::vars_os().map(|(name, value)| (lossy(name), lossy(value)));
+        Self::parse(args, env).unwrap_or_else(|error| {
+            match &error {
+                FlagsError::Help(text) => print!("{text}"),
+                FlagsError::Version(version) => eprintln!("{version}"),
+                error => eprintln!("flanneld: {error}\nflanneld --help lists every flag"),
+            }
+            std::process::exit(error.exit_code().into())
+        })
+    }
+
+    /// How long before its end the lease is renewed: as asked for, but never more than
+    /// half of its life, or a short `--lease-ttl` would mean renewing all the time.
+    #[must_use]
+    pub fn renew_margin(&self) -> Duration {
+        Duration::from_secs(self.subnet_lease_renew_margin * 60).min(self.lease_ttl / 2)
+    }
+
+    /// The filter for tracing that klog's verbosity stands for.
+    #[must_use]
+    pub fn log_filter(&self) -> &'static str {
+        match self.verbosity.min(MAX_VERBOSITY) {
+            0..=1 => "info",
+            2..=4 => "info,flanneld=debug,flannel_user=debug",
+            _ => "info,flanneld=trace,flannel_user=trace",
+        }
+    }
+}
+
+fn argv(given: &[Given]) -> impl Iterator<Item = String> {
+    std::iter::once("flanneld".to_owned()).chain(given.iter().map(Given::argument))
+}
+
+/// Reads values only; what is missing is another matter.
+fn check_readable(command: &clap::Command, given: &[Given]) -> Result<(), FlagsError> {
+    match command.clone().try_get_matches_from(argv(given)) {
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == ErrorKind::MissingRequiredArgument => Ok(()),
+        Err(error) => Err(match given {
+            [
+                Given {
+                    variable: Some(variable),
+                    value: Some(value),
+                    ..
+                },
+            ] => FlagsError::Variable {
+                variable: variable.clone(),
+                value: value.clone(),
+                cause: text_of(&error),
+            },
+            _ => FlagsError::Usage(text_of(&error)),
+        }),
+    }
+}
+
+/// Without clap's usage lines: the help is long enough.
+fn text_of(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let text = text.strip_prefix("error: ").unwrap_or(&text);
+    let text = text.split("\n\nUsage:").next().unwrap_or(text);
+    let text = text
+        .split("\n\nFor more information")
+        .next()
+        .unwrap_or(text);
+    text.trim_end().to_owned()
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    match go_flags::integer(text)? {
+        0 => Err("a lease must last at least one second".to_owned()),
+        seconds => Ok(Duration::from_secs(seconds)),
+    }
+}

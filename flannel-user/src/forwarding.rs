@@ -23,10 +23,94 @@ pub enum Via {
 pub struct ForwardingTable(pub BTreeMap<Ipv4Net, Via>);
 
 /// What turns one table into another.
+///
+/// No subnet is in both lists, so their order does not matter. An entry whose way
+/// changed is only in `upsert`: whoever applies it replaces every part of the old way.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Changes {
     /// Entries to install or overwrite.
     pub upsert: Vec<(Ipv4Net, Via)>,
     /// Entries to withdraw, with the way they had.
     pub remove: Vec<(Ipv4Net, Via)>,
+}
+
+impl Changes {
+    /// The difference, in order of the subnets. Whole entries are compared, and both
+    /// tables are walked, so that nothing left over survives.
+    #[must_use]
+    pub fn between(actual: &ForwardingTable, wanted: &ForwardingTable) -> Self {
+        let entries = |table: &ForwardingTable, keep: &dyn Fn(&Ipv4Net, &Via) -> bool| {
+            let kept = table.0.iter().filter(|(subnet, via)| keep(subnet, via));
+            kept.map(|(subnet, via)| (*subnet, *via)).collect()
+        };
+        Self {
+            upsert: entries(wanted, &|subnet, via| actual.0.get(subnet) != Some(via)),
+            remove: entries(actual, &|subnet, _| !wanted.0.contains_key(subnet)),
+        }
+    }
+
+    /// True when the tables were equal.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.upsert.is_empty() && self.remove.is_empty()
+    }
+}
+
+impl ForwardingTable {
+    /// Takes over changes as a datapath does.
+    pub fn apply(&mut self, changes: &Changes) {
+        for (subnet, _) in &changes.remove {
+            self.0.remove(subnet);
+        }
+        self.0.extend(changes.upsert.iter().copied());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    prop_compose! {
+        /// Few subnets and few nodes, so that tables share some of both.
+        fn tables()(
+            entries in prop::collection::btree_map(0u8..8, (0u8..3, 0u8..3), 0..8),
+        ) -> ForwardingTable {
+            ForwardingTable(entries.into_iter().map(|(subnet, (node, mac))| (
+                Ipv4Net::new(Ipv4Addr::new(10, 244, subnet, 0), 24).expect("length"),
+                Via::Vxlan {
+                    node: Ipv4Addr::new(192, 168, 50, node),
+                    vtep_mac: MacAddr([2, 0, 0, 0, 0, mac]),
+                },
+            )).collect())
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn applied_changes_give_what_is_wanted(actual in tables(), wanted in tables()) {
+            let changes = Changes::between(&actual, &wanted);
+            let mut table = actual.clone();
+            table.apply(&changes);
+            prop_assert_eq!(&table, &wanted);
+            prop_assert_eq!(changes.is_empty(), actual == wanted);
+            prop_assert!(Changes::between(&table, &wanted).is_empty());
+        }
+
+        #[test]
+        fn changes_touch_nothing_that_is_right(actual in tables(), wanted in tables()) {
+            let changes = Changes::between(&actual, &wanted);
+            for (subnet, via) in &changes.upsert {
+                prop_assert_ne!(actual.0.get(subnet), Some(via));
+            }
+            for (subnet, via) in &changes.remove {
+                prop_assert_eq!(actual.0.get(subnet), Some(via));
+            }
+            let upserted: BTreeSet<_> = changes.upsert.iter().map(|(subnet, _)| subnet).collect();
+            prop_assert!(changes.remove.iter().all(|(subnet, _)| !upserted.contains(subnet)));
+        }
+    }
 }

@@ -4,10 +4,12 @@
 //! `reconcile` → `datapath`. Kernel events and the control socket only wake
 //! the reconcile loop.
 
+mod atomic_file;
 pub mod backend;
 pub mod config;
 pub mod datapath;
 pub mod forwarding;
+pub mod json_object;
 pub mod lease;
 pub mod mac;
 pub mod network;

@@ -1,1 +1,348 @@
-//! The kernel datapath: flannel.<VNI>, its address, routes, neighbours and FDB.
+//! The kernel datapath: `flannel.<VNI>`, its address, routes, neighbours and FDB
+//! (contract section 9), always complete, whatever the programs above it do.
+//!
+//! Reconciling is by value: observe what the kernel has, compare it with what the table wants,
+//! apply the difference. A pass right after a good one changes nothing. Nothing is
+//! retried inside a pass; what failed is reported, and the next pass tries it again.
+
+mod device;
+mod entries;
+mod kernel;
+pub mod rtnl;
+
+use std::collections::BTreeSet;
+
+pub use device::{Device, DeviceError, DeviceSpec};
+pub use entries::{Conflict, Entries};
+pub use kernel::Entry;
+use entries::Plan;
+use rtnl::{Rtnl, RtnlError};
+use tracing::{debug, warn};
+
+use crate::forwarding::ForwardingTable;
+
+/// What a pass could not do.
+#[derive(Debug, thiserror::Error)]
+pub enum PassError {
+    /// The tunnel device is missing or wrong. Nothing was programmed in case it is missing.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// `reconcile` was called before `ensure_device`.
+    #[error("the tunnel device has not been set up yet")]
+    NoDevice,
+    /// What the kernel has could not be read.
+    #[error("cannot read the routes, neighbours and FDB of {device}")]
+    Observe {
+        /// The tunnel device.
+        device: String,
+        /// The kernel's answer.
+        #[source]
+        source: RtnlError,
+    },
+    /// Two peers contradict each other.
+    #[error(transparent)]
+    Conflict(#[from] Conflict),
+    /// One entry was refused.
+    #[error("cannot {action} {entry}")]
+    Entry {
+        /// `set` or `delete`.
+        action: &'static str,
+        /// The entry.
+        entry: Entry,
+        /// The kernel's answer.
+        #[source]
+        source: RtnlError,
+    },
+    /// The socket failed in the middle of a batch.
+    #[error("lost contact with the kernel while programming {device}")]
+    Transport {
+        /// The tunnel device.
+        device: String,
+        /// The socket's fault.
+        #[source]
+        source: RtnlError,
+    },
+}
+
+/// What one pass did.
+#[derive(Debug, Default)]
+pub struct Pass {
+    /// Entries set that had not been there after the last pass either.
+    pub installed: usize,
+    /// Entries deleted.
+    pub removed: usize,
+    /// Entries put back that the last pass had left in place, plus corrections of the
+    /// device: somebody else took them away.
+    pub repaired: usize,
+    /// The device after this pass; `None` if there is none.
+    pub device: Option<Device>,
+    /// Everything that failed. The rest of the pass was done nevertheless.
+    pub errors: Vec<PassError>,
+}
+
+impl Pass {
+    /// Nothing had to be changed and nothing failed.
+    #[must_use]
+    pub fn is_quiet(&self) -> bool {
+        self.installed == 0 && self.removed == 0 && self.repaired == 0 && self.errors.is_empty()
+    }
+}
+
+/// The kernel datapath of one node. Holds what it last knew, so that it can tell a repair from
+/// news; the truth is in the kernel.
+#[derive(Debug)]
+pub struct NetlinkDatapath {
+    rtnl: Rtnl,
+    spec: Option<DeviceSpec>,
+    device: Option<Device>,
+    programmed: Entries,
+}
+
+impl NetlinkDatapath {
+    /// Opens the socket in the network namespace of the calling thread. Changes nothing.
+    ///
+    /// # Errors
+    /// The socket's. Must be called within a tokio runtime.
+    pub fn open() -> Result<Self, RtnlError> {
+        Ok(Self {
+            rtnl: Rtnl::open()?,
+            spec: None,
+            device: None,
+            programmed: Entries::default(),
+        })
+    }
+
+    /// Takes over the device that `spec` describes, or makes it. Later calls may give another
+    /// `spec` (the lease's address, a new uplink); the MAC stays the one of the first call,
+    /// even if the device has to be made anew, and so does the MTU unless `spec` asks for another.
+    ///
+    /// # Errors
+    /// Names the device and the step; the former state of the agent's knowledge stays.
+    pub async fn ensure_device(&mut self, spec: &DeviceSpec) -> Result<Device, DeviceError> {
+        let other_device = |old: &DeviceSpec| old.vni != spec.vni;
+        let mut known = self.device.clone();
+        if self.spec.as_ref().is_some_and(other_device) {
+            known = None;
+        }
+        let other_mtu = self.spec.as_ref().is_some_and(|old| old.mtu != spec.mtu);
+        if let Some(known) = known.as_mut().filter(|_| other_mtu) {
+            known.mtu = spec.mtu;
+        }
+        let converged = device::converge(&mut self.rtnl, spec, known.as_ref()).await?;
+        for error in &converged.errors {
+            warn!(error = error as &dyn std::error::Error, "the device is not quite as wanted");
+        }
+        self.spec = Some(spec.clone());
+        self.device = Some(converged.device.clone());
+        Ok(converged.device)
+    }
+
+    /// The device as of the last call.
+    #[must_use]
+    pub fn device(&self) -> Option<&Device> {
+        self.device.as_ref()
+    }
+
+    /// The netlink port under which this datapath's own changes appear in kernel events
+    /// (FDB changes appear under port 0).
+    #[must_use]
+    pub fn port(&self) -> u32 {
+        self.rtnl.port()
+    }
+
+    /// One full pass: device, then every entry of `table` and nothing else of ours.
+    pub async fn reconcile(&mut self, table: &ForwardingTable) -> Pass {
+        let mut pass = Pass::default();
+        let Some(spec) = self.spec.clone() else {
+            pass.errors.push(PassError::NoDevice);
+            return pass;
+        };
+        match device::converge(&mut self.rtnl, &spec, self.device.as_ref()).await {
+            Ok(converged) => {
+                pass.repaired += converged.repaired;
+                pass.errors.extend(converged.errors.into_iter().map(Into::into));
+                let mut device = converged.device;
+                pass.device = Some(device.clone());
+                // What the next pass has to defend stays what peers and pods were told.
+                if let Some(known) = &self.device {
+                    (device.mac, device.mtu) = (known.mac, known.mtu);
+                }
+                self.device = Some(device);
+            }
+            Err(error) => {
+                pass.errors.push(error.into());
+                return pass;
+            }
+        }
+        let device = self.device.clone().expect("set above");
+        let (wanted, conflicts) = Entries::wanted(table);
+        pass.errors.extend(conflicts.into_iter().map(Into::into));
+
+        let actual = match kernel::observe(&mut self.rtnl, device.index).await {
+            Ok(actual) => actual,
+            Err(source) => {
+                let device = device.name;
+                pass.errors.push(PassError::Observe { device, source });
+                return pass;
+            }
+        };
+        let plan = Plan::between(&actual, &wanted);
+        if plan.is_empty() {
+            self.programmed = wanted;
+        } else {
+            let applied = self.apply(&plan, &device, &mut pass).await;
+            if let Err(source) = applied {
+                let device = device.name;
+                pass.errors.push(PassError::Transport { device, source });
+            } else {
+                self.programmed = without_failures(wanted, &pass.errors);
+            }
+            debug!(
+                installed = pass.installed,
+                removed = pass.removed,
+                repaired = pass.repaired,
+                errors = pass.errors.len(),
+                "kernel datapath changed"
+            );
+        }
+        pass
+    }
+
+    /// Carries out `plan` in its order; a route waits for its peer's neighbour.
+    async fn apply(
+        &mut self,
+        plan: &Plan,
+        device: &Device,
+        pass: &mut Pass,
+    ) -> Result<(), RtnlError> {
+        let index = device.index;
+        let withdraw = plan.withdraw.iter().map(|&subnet| Entry::Route(subnet));
+        self.delete(withdraw.collect(), index, pass).await?;
+
+        let reach = plan
+            .fdb
+            .iter()
+            .map(|&(mac, node)| Entry::Fdb(mac, Some(node)));
+        self.set(reach.collect(), index, pass).await?;
+        let resolve = plan
+            .neighbours
+            .iter()
+            .map(|&(base, mac)| Entry::Neighbour(base, Some(mac)));
+        let unresolved = self.set(resolve.collect(), index, pass).await?;
+        let unresolved: BTreeSet<_> = unresolved
+            .into_iter()
+            .filter_map(|entry| match entry {
+                Entry::Neighbour(base, _) => Some(base),
+                _ => None,
+            })
+            .collect();
+        let routes = plan
+            .routes
+            .iter()
+            .filter(|subnet| !unresolved.contains(&subnet.network()))
+            .map(|&subnet| Entry::Route(subnet));
+        self.set(routes.collect(), index, pass).await?;
+
+        let stale = plan
+            .stale_neighbours
+            .iter()
+            .map(|&base| Entry::Neighbour(base, None))
+            .chain(
+                plan.stale_fdb
+                    .iter()
+                    .map(|&(mac, node)| Entry::Fdb(mac, node)),
+            );
+        self.delete(stale.collect(), index, pass).await
+    }
+
+    /// Sets every entry and counts it; returns the ones the kernel refused.
+    async fn set(
+        &mut self,
+        entries: Vec<Entry>,
+        device: u32,
+        pass: &mut Pass,
+    ) -> Result<Vec<Entry>, RtnlError> {
+        let requests = entries.iter().map(|entry| entry.set(device)).collect();
+        let failures = self.rtnl.batch(requests).await?;
+        let repaired = entries
+            .iter()
+            .filter(|entry| programmed(&self.programmed, entry))
+            .count();
+        let mut repaired_failed = 0;
+        let mut refused = Vec::with_capacity(failures.len());
+        for (position, source) in failures {
+            let entry = entries[position];
+            repaired_failed += usize::from(programmed(&self.programmed, &entry));
+            refused.push(entry);
+            pass.errors.push(PassError::Entry {
+                action: "set",
+                entry,
+                source,
+            });
+        }
+        pass.repaired += repaired - repaired_failed;
+        pass.installed += entries.len() - repaired - (refused.len() - repaired_failed);
+        Ok(refused)
+    }
+
+    /// Deletes every entry and counts it; one that is gone already is as good as deleted.
+    async fn delete(
+        &mut self,
+        entries: Vec<Entry>,
+        device: u32,
+        pass: &mut Pass,
+    ) -> Result<(), RtnlError> {
+        let requests = entries.iter().map(|entry| entry.delete(device)).collect();
+        let failures = self.rtnl.batch(requests).await?;
+        pass.removed += entries.len() - failures.len();
+        for (position, source) in failures {
+            if !source.is_gone() {
+                pass.errors.push(PassError::Entry {
+                    action: "delete",
+                    entry: entries[position],
+                    source,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The last good pass left this very entry in place.
+fn programmed(entries: &Entries, entry: &Entry) -> bool {
+    match entry {
+        Entry::Fdb(mac, node) => node.is_some() && entries.fdb.get(mac) == node.as_ref(),
+        Entry::Neighbour(base, mac) => {
+            mac.is_some() && entries.neighbours.get(base) == mac.as_ref()
+        }
+        Entry::Route(subnet) => entries.routes.contains(subnet),
+    }
+}
+
+/// `wanted` less what could not be set.
+fn without_failures(mut wanted: Entries, errors: &[PassError]) -> Entries {
+    for error in errors {
+        match error {
+            PassError::Entry {
+                action: "set",
+                entry: Entry::Fdb(mac, _),
+                ..
+            } => drop(wanted.fdb.remove(mac)),
+            PassError::Entry {
+                action: "set",
+                entry: Entry::Neighbour(base, _),
+                ..
+            } => {
+                wanted.neighbours.remove(base);
+                wanted.routes.retain(|subnet| subnet.network() != *base);
+            }
+            PassError::Entry {
+                action: "set",
+                entry: Entry::Route(subnet),
+                ..
+            } => drop(wanted.routes.remove(subnet)),
+            _ => {}
+        }
+    }
+    wanted
+}

@@ -1,0 +1,172 @@
+//! In from a peer: may the program deliver this packet to a local pod?
+//!
+//! Only known peers may deliver: the outer source is the public address of the
+//! peer that owns the inner source, the VNI is ours and the inner frame is
+//! addressed to our tunnel device.
+
+use network_types::{ip::Ipv4Hdr, udp::UdpHdr, vxlan::VxlanHdr};
+
+use crate::{
+    ecn,
+    encap::segment_len,
+    frame::Frame,
+    header::{self, Ethernet},
+    layout::{DROP_FORGED, FAST_PATH_DIRECT, LocalPod, NodeConfig},
+    outer::OVERHEAD,
+    reason::Reason,
+    tables::Tables,
+};
+
+/// Everything needed to deliver one packet; nothing has been changed yet.
+#[derive(Clone, Copy, Debug)]
+pub struct Delivery<'a> {
+    /// The pod.
+    pub pod: &'a LocalPod,
+    /// TTL before the hop is counted.
+    pub ttl: u8,
+    /// Protocol of the inner packet.
+    pub protocol: u8,
+    /// TOS before and after congestion marks of the outer header are carried over.
+    pub tos: (u8, u8),
+    /// Inner header checksum before any change.
+    pub check: [u8; 2],
+}
+
+/// Offsets of the headers of a tunnel packet without options.
+const OUTER_IP: usize = size_of::<Ethernet>();
+const OUTER_UDP: usize = OUTER_IP + Ipv4Hdr::LEN;
+const VXLAN: usize = OUTER_UDP + size_of::<UdpHdr>();
+const INNER_ETHERNET: usize = VXLAN + VxlanHdr::LEN;
+const INNER_IP: usize = INNER_ETHERNET + size_of::<Ethernet>();
+const _: () = assert!(INNER_IP == OUTER_IP + OVERHEAD);
+
+/// What to do with a tunnel packet that no known peer can have sent.
+#[inline(always)]
+fn forged(node: &NodeConfig) -> Reason {
+    if node.flags & DROP_FORGED != 0 {
+        Reason::InForged
+    } else {
+        Reason::InForgedPassed
+    }
+}
+
+/// Decides on a packet that came in by the uplink, without changing it.
+///
+/// # Errors
+/// The one reason for which the packet is not delivered here.
+#[inline(always)]
+pub fn deliver<'a, F: Frame, T: Tables>(frame: &F, tables: &'a T) -> Result<Delivery<'a>, Reason> {
+    let meta = frame.meta();
+    let node = tables.node().ok_or(Reason::InFastPathOff)?;
+    if node.flags & FAST_PATH_DIRECT == 0 {
+        return Err(Reason::InFastPathOff);
+    }
+    // One bounds check for the whole stack of headers; shorter frames are no tunnel packets.
+    let inner = frame.at::<Ipv4Hdr>(INNER_IP).ok_or(Reason::InNotTunnel)?;
+    let ethernet = frame.at::<Ethernet>(0).ok_or(Reason::InNotTunnel)?;
+    let outer = frame.at::<Ipv4Hdr>(OUTER_IP).ok_or(Reason::InNotTunnel)?;
+    if ethernet.ether_type != header::IPV4 || meta.vlan || outer.proto != header::UDP {
+        return Err(Reason::InNotTunnel);
+    }
+    let udp = frame.at::<UdpHdr>(OUTER_UDP).ok_or(Reason::InNotTunnel)?;
+    if outer.vihl != 0x45 || header::is_fragment(outer) {
+        // Whether this is our port cannot be told here.
+        return Err(Reason::InOuterForm);
+    }
+    if udp.dst != node.port {
+        return Err(Reason::InNotTunnel);
+    }
+    if meta.packet_type != 0 {
+        return Err(Reason::InNotForHost);
+    }
+    if outer.dst_addr != node.vtep_addr {
+        return Err(Reason::InOtherAddress);
+    }
+    let vxlan = frame.at::<VxlanHdr>(VXLAN).ok_or(Reason::InNotTunnel)?;
+    if vxlan.flags != network_types::vxlan::VXLAN_I_FLAG_MASK
+        || vxlan._reserved1 != [0; 3]
+        || vxlan._reserved2 != 0
+    {
+        return Err(Reason::InVxlanFlags);
+    }
+    if vxlan.vni() != node.vni {
+        return Err(Reason::InOtherVni);
+    }
+    let inner_ethernet = frame
+        .at::<Ethernet>(INNER_ETHERNET)
+        .ok_or(Reason::InMalformed)?;
+    if inner_ethernet.destination != node.vtep_mac {
+        return Err(Reason::InOtherVtep);
+    }
+    if inner_ethernet.ether_type != header::IPV4 {
+        return Err(if tables.is_peer(outer.src_addr) {
+            Reason::InNotIpv4
+        } else {
+            forged(node)
+        });
+    }
+    match tables.remote(inner.src_addr) {
+        Some(remote) if remote.node == outer.src_addr && remote.vni == node.vni => {}
+        Some(_) => return Err(forged(node)),
+        None if tables.is_peer(outer.src_addr) => return Err(Reason::InSourceUnknown),
+        None => return Err(forged(node)),
+    }
+    if inner.vihl != 0x45 {
+        return Err(if inner.vihl >> 4 == 4 && inner.vihl & 0xf > 5 {
+            Reason::InIpOptions
+        } else {
+            Reason::InMalformed
+        });
+    }
+    if header::is_multicast(inner.dst_addr) {
+        return Err(Reason::InMulticast);
+    }
+    let pod = tables
+        .local_pod(inner.dst_addr)
+        .ok_or(Reason::InNotLocalPod)?;
+    if header::is_fragment(inner) {
+        return Err(Reason::InFragment);
+    }
+    if inner.proto != header::TCP && inner.proto != header::UDP {
+        return Err(Reason::InProtocol);
+    }
+    if meta.gso_size != 0 && inner.proto == header::UDP {
+        return Err(Reason::InUdpGso);
+    }
+    if inner.ttl <= 1 {
+        return Err(Reason::InTtl);
+    }
+    let inner_len = u32::from(inner.tot_len());
+    if u32::from(outer.tot_len()) + OUTER_IP as u32 != meta.len
+        || u32::from(u16::from_be_bytes(udp.len)) + OUTER_UDP as u32 != meta.len
+        || inner_len + INNER_IP as u32 != meta.len
+    {
+        return Err(Reason::InOuterForm);
+    }
+    if segment_len(frame, inner, INNER_IP, &meta).ok_or(Reason::InMalformed)? > pod.mtu {
+        return Err(Reason::InOverMtu);
+    }
+    let tos = ecn::inner_tos(outer.tos, inner.tos).ok_or(Reason::InEcn)?;
+    Ok(Delivery {
+        pod,
+        ttl: inner.ttl,
+        protocol: inner.proto,
+        tos: (inner.tos, tos),
+        check: inner.check,
+    })
+}
+
+impl Delivery<'_> {
+    /// The inner header's new TOS, TTL and checksum: one hop further.
+    #[inline(always)]
+    #[must_use]
+    pub fn next_hop(&self) -> (u8, u8, [u8; 2]) {
+        let (ttl, check) = crate::outer::next_hop_ttl(self.ttl, self.protocol, self.check);
+        let (old, new) = self.tos;
+        (
+            new,
+            ttl,
+            crate::checksum::updated(check, [0x45, old], [0x45, new]),
+        )
+    }
+}

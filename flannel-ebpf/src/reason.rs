@@ -1,0 +1,169 @@
+//! Every outcome of a packet, once: counter index, direction, action, label, text.
+
+/// What happened to a packet with that outcome.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// The program sent it on itself.
+    Forwarded,
+    /// Left to the kernel, untouched.
+    Kernel,
+    /// Freed here.
+    Dropped,
+}
+
+impl Action {
+    /// The word in status and metrics.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Forwarded => "forwarded",
+            Self::Kernel => "kernel",
+            Self::Dropped => "dropped",
+        }
+    }
+}
+
+/// Which hook saw the packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// `from_pod`: from a local pod towards a peer.
+    Out,
+    /// `from_uplink`: from a peer towards a local pod.
+    In,
+}
+
+impl Direction {
+    /// The word in status and metrics.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Out => "out",
+            Self::In => "in",
+        }
+    }
+}
+
+macro_rules! reasons {
+    ($($name:ident: $direction:ident, $action:ident, $label:literal, $text:literal;)*) => {
+        /// The outcome of one packet at one hook; the discriminant is its counter's index.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[repr(u32)]
+        pub enum Reason {
+            $(#[doc = $text] $name,)*
+        }
+
+        impl Reason {
+            /// Every outcome, in order of its index.
+            pub const ALL: &'static [Self] = &[$(Self::$name,)*];
+
+            /// What happens to the packet.
+            #[inline(always)]
+            #[must_use]
+            pub const fn action(self) -> Action {
+                match self { $(Self::$name => Action::$action,)* }
+            }
+
+            /// The hook that can end so.
+            #[must_use]
+            pub const fn direction(self) -> Direction {
+                match self { $(Self::$name => Direction::$direction,)* }
+            }
+
+            /// A short stable name for status and metrics.
+            #[must_use]
+            pub const fn label(self) -> &'static str {
+                match self { $(Self::$name => $label,)* }
+            }
+
+            /// The outcome in a sentence.
+            #[must_use]
+            pub const fn text(self) -> &'static str {
+                match self { $(Self::$name => $text,)* }
+            }
+        }
+    };
+}
+
+reasons! {
+    Encapsulated: Out, Forwarded, "encapsulated", "encapsulated and sent to the peer";
+    OutFastPathOff: Out, Kernel, "out_fast_path_off", "the fast path is switched off";
+    OutNotIpv4: Out, Kernel, "out_not_ipv4", "not an untagged IPv4 packet (ARP, IPv6, VLAN)";
+    OutMalformed: Out, Kernel, "out_malformed", "headers are cut short or their lengths disagree";
+    OutIpOptions: Out, Kernel, "out_ip_options", "carries IP options";
+    OutFragment: Out, Kernel, "out_fragment", "is an IP fragment";
+    OutMulticast: Out, Kernel, "out_multicast", "multicast or broadcast destination";
+    OutNotRemote: Out, Kernel, "out_not_remote", "the destination is in no peer's subnet";
+    OutPeerInKernel: Out, Kernel, "out_peer_in_kernel", "the kernel carries this peer (no route to it at present)";
+    OutNotForGateway: Out, Kernel, "out_not_for_gateway", "the frame is not addressed to the pod's gateway";
+    OutForeignSource: Out, Kernel, "out_foreign_source", "the source is not the address of this veth's pod";
+    OutProtocol: Out, Kernel, "out_protocol", "neither TCP nor UDP";
+    OutTtl: Out, Kernel, "out_ttl", "the TTL ends here; the kernel answers";
+    OutOverMtu: Out, Kernel, "out_over_mtu", "larger than the pod MTU; the kernel fragments or answers";
+    OutGso: Out, Kernel, "out_gso", "segmentation offload of a kind the programs do not carry";
+    OutNoRoom: Out, Kernel, "out_no_room", "the kernel refused room for the outer headers";
+    OutLost: Out, Dropped, "out_lost", "the packet changed under the program after encapsulation";
+    Decapsulated: In, Forwarded, "decapsulated", "decapsulated and delivered into the pod";
+    InFastPathOff: In, Kernel, "in_fast_path_off", "the fast path is switched off";
+    InNotTunnel: In, Kernel, "in_not_tunnel", "not a VXLAN packet on our port";
+    InNotForHost: In, Kernel, "in_not_for_host", "the frame is not addressed to this host";
+    InOtherAddress: In, Kernel, "in_other_address", "the outer destination is not our tunnel address";
+    InOuterForm: In, Kernel, "in_outer_form", "outer fragment, outer IP options or lengths that disagree";
+    InVxlanFlags: In, Kernel, "in_vxlan_flags", "VXLAN flags other than the plain identifier bit";
+    InOtherVni: In, Kernel, "in_other_vni", "another VXLAN network identifier";
+    InOtherVtep: In, Kernel, "in_other_vtep", "the inner frame is not addressed to our tunnel device";
+    InNotIpv4: In, Kernel, "in_not_ipv4", "the inner packet is not untagged IPv4";
+    InMalformed: In, Kernel, "in_malformed", "inner headers are cut short or their lengths disagree";
+    InIpOptions: In, Kernel, "in_ip_options", "carries IP options";
+    InFragment: In, Kernel, "in_fragment", "is an IP fragment";
+    InMulticast: In, Kernel, "in_multicast", "multicast or broadcast destination";
+    InForged: In, Dropped, "in_forged", "no known peer can have sent it: the outer source does not own the inner source";
+    InForgedPassed: In, Kernel, "in_forged_passed", "no known peer can have sent it; left to the kernel as --forged-vxlan pass asks";
+    InSourceUnknown: In, Kernel, "in_source_unknown", "the inner source is in no peer's subnet, the outer source is a peer";
+    InNotLocalPod: In, Kernel, "in_not_local_pod", "the inner destination is no pod that the programs know";
+    InProtocol: In, Kernel, "in_protocol", "neither TCP nor UDP";
+    InTtl: In, Kernel, "in_ttl", "the TTL ends here; the kernel answers";
+    InOverMtu: In, Kernel, "in_over_mtu", "larger than the pod's MTU; the kernel fragments or answers";
+    InUdpGso: In, Kernel, "in_udp_gso", "UDP with segmentation offload, which no kernel so far survives after decapsulation";
+    InEcn: In, Kernel, "in_ecn", "congestion marked outside, not ECN-capable inside: the kernel drops it (RFC 6040)";
+    InNoRoom: In, Kernel, "in_no_room", "the kernel refused to take the outer headers off";
+    InLost: In, Dropped, "in_lost", "the packet changed under the program after decapsulation";
+}
+
+impl Reason {
+    /// How many outcomes there are: the size of the counter map.
+    pub const COUNT: u32 = Self::ALL.len() as u32;
+
+    /// Index of the counter.
+    #[inline(always)]
+    #[must_use]
+    pub const fn index(self) -> u32 {
+        self as u32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn indices_are_dense_and_labels_unique() {
+        let labels: BTreeSet<_> = Reason::ALL.iter().map(|reason| reason.label()).collect();
+        assert_eq!(labels.len(), Reason::ALL.len());
+        for (index, reason) in Reason::ALL.iter().enumerate() {
+            assert_eq!(reason.index() as usize, index);
+            assert!(!reason.text().is_empty());
+        }
+    }
+
+    #[test]
+    fn each_direction_forwards_in_exactly_one_way() {
+        for direction in [Direction::Out, Direction::In] {
+            let forwards = Reason::ALL.iter().filter(|reason| {
+                reason.direction() == direction && reason.action() == Action::Forwarded
+            });
+            assert_eq!(forwards.count(), 1);
+        }
+    }
+}

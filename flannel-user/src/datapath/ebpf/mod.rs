@@ -1,0 +1,230 @@
+//! The eBPF datapath: programs above the kernel path, filled and attached by us.
+//!
+//! Switching on is load, fill, attach; switching off is detach, then drop. All
+//! that must outlive the agent is pinned:
+//!
+//! ```text
+//! <bpf-dir>/vni<VNI>/<layout>/maps/<NAME>
+//!                            /programs/<name>
+//!                            /links/<pod|uplink>_<ifindex>     (tcx only)
+//! ```
+//!
+//! `<layout>` is the layout's version with a fingerprint of every map's shape,
+//! so an agent can only ever reuse maps that are exactly like its own. A new
+//! agent with the same layout takes the maps over and swaps the programs under
+//! the pinned links; with another layout it fills maps of its own first and
+//! then swaps, so packets never meet an empty table.
+
+mod attach;
+mod object;
+mod pins;
+mod tables;
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use flannel_ebpf::{
+    layout::{LocalPod, NodeConfig, RemoteSubnet, Tally},
+    reason::Reason,
+};
+use ipnet::Ipv4Net;
+
+use self::{attach::Attachments, pins::PinDir, tables::MapTables};
+pub use self::{attach::TcAttach, object::Programs, tables::Addresses};
+use super::pods::Pod;
+
+/// Why the eBPF datapath could not be opened or brought up to date.
+#[derive(Debug, thiserror::Error)]
+pub enum EbpfError {
+    /// A directory of the BPF file system could not be made, read or cleared.
+    #[error("cannot {action} {path} (is a BPF file system mounted there?)")]
+    Pin {
+        /// What was tried.
+        action: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The kernel refused the object.
+    #[error("the kernel refused the eBPF object")]
+    Load(#[from] aya::EbpfError),
+    /// The kernel refused one program.
+    #[error("the kernel refused program {program}")]
+    Program {
+        /// Which.
+        program: &'static str,
+        /// Verifier output included.
+        #[source]
+        source: aya::programs::ProgramError,
+    },
+    /// The object lacks a part that the agent knows.
+    #[error("the eBPF object has no {kind} named {name}: it was built from other sources")]
+    Missing {
+        /// Map or program.
+        kind: &'static str,
+        /// Its name.
+        name: String,
+    },
+    /// A map could not be read or written.
+    #[error("cannot {action} map {map}")]
+    Map {
+        /// What was tried.
+        action: &'static str,
+        /// Which.
+        map: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: aya::maps::MapError,
+    },
+    /// A program could not be attached.
+    #[error("cannot attach {program} to {interface}")]
+    Attach {
+        /// Which.
+        program: &'static str,
+        /// Where.
+        interface: String,
+        /// What the kernel said.
+        #[source]
+        source: anyhow::Error,
+    },
+}
+
+/// Where and how the programs live.
+#[derive(Debug, Clone)]
+pub struct EbpfOptions {
+    /// Root of the pins, on a BPF file system.
+    pub bpf_dir: PathBuf,
+    /// Names the network on this host: several agents may run with one VNI each.
+    pub vni: u32,
+    /// How programs are attached.
+    pub attach: TcAttach,
+    /// Version of the map layout; anything but
+    /// [`flannel_ebpf::layout::LAYOUT_VERSION`] is for tests of an upgrade.
+    pub layout_version: u32,
+}
+
+/// Everything the programs should know and where they should sit.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Wanted {
+    /// This node.
+    pub node: NodeConfig,
+    /// Name of the uplink; its index is in `node`.
+    pub uplink: String,
+    /// Peers by pod subnet.
+    pub remotes: BTreeMap<Ipv4Net, RemoteSubnet>,
+    /// Pods of this node.
+    pub pods: Vec<Pod>,
+}
+
+/// What one [`EbpfDatapath::sync`] could not do; everything else is in force.
+#[derive(Debug, Default)]
+pub struct SyncReport {
+    /// Programs attached or swapped in this pass.
+    pub attached: usize,
+    /// One entry per interface without its program; pods there use the kernel path.
+    pub failures: Vec<EbpfError>,
+}
+
+/// The loaded programs with their maps and attachments.
+pub struct EbpfDatapath {
+    programs: Programs,
+    tables: MapTables,
+    attachments: Attachments,
+    pins: PinDir,
+}
+
+impl EbpfDatapath {
+    /// Loads the programs, taking over the maps of a previous agent where they
+    /// are alike. Nothing is attached or swapped yet.
+    ///
+    /// # Errors
+    /// The kernel cannot run the programs, or the BPF file system is not usable.
+    pub fn open(options: &EbpfOptions) -> Result<Self, EbpfError> {
+        let pins = PinDir::prepare(options)?;
+        let mut programs = Programs::load(Some(&pins.maps()))?;
+        let tables = MapTables::open(&mut programs)?;
+        let attachments = Attachments::new(options.attach, options.vni);
+        Ok(Self {
+            programs,
+            tables,
+            attachments,
+            pins,
+        })
+    }
+
+    /// Fills the maps, then attaches what is missing, then withdraws what is
+    /// not wanted any more. A pass without differences makes no system call
+    /// for the maps.
+    ///
+    /// # Errors
+    /// A map could not be written. A program that cannot be attached is
+    /// reported instead: other pods keep theirs.
+    pub fn sync(&mut self, wanted: &Wanted) -> Result<SyncReport, EbpfError> {
+        let pods: BTreeMap<[u8; 4], LocalPod> = wanted
+            .pods
+            .iter()
+            .map(|pod| (pod.address.octets(), local_pod(pod)))
+            .collect();
+        self.tables.fill(&wanted.node, &wanted.remotes, &pods)?;
+        let report = self
+            .attachments
+            .sync(&mut self.programs, &self.pins, wanted);
+        if report.failures.is_empty() {
+            self.pins.forget_other_layouts()?;
+        }
+        Ok(report)
+    }
+
+    /// Is the program of this pod's veth in place?
+    #[must_use]
+    pub fn is_attached(&self, ifindex: u32) -> bool {
+        self.attachments.is_attached(ifindex)
+    }
+
+    /// Sums every outcome over all CPUs, in order of its index.
+    ///
+    /// # Errors
+    /// The counter map could not be read.
+    pub fn counters(&self) -> Result<Vec<(Reason, Tally)>, EbpfError> {
+        self.tables.counters()
+    }
+
+    /// Detaches every program and removes every pin: all packets take the kernel path.
+    ///
+    /// # Errors
+    /// A pin could not be removed; the programs are detached all the same where
+    /// that was possible.
+    pub fn close(self) -> Result<(), EbpfError> {
+        let Self {
+            programs,
+            tables,
+            attachments,
+            pins,
+        } = self;
+        attachments.detach_all(&pins);
+        drop((programs, tables));
+        pins.remove_all()
+    }
+
+    /// Detaches and removes what an agent of this network left behind.
+    ///
+    /// # Errors
+    /// A pin could not be removed.
+    pub fn clear(options: &EbpfOptions) -> Result<(), EbpfError> {
+        let Some(pins) = PinDir::existing(options) else {
+            return Ok(());
+        };
+        Attachments::new(options.attach, options.vni).detach_all(&pins);
+        pins.remove_all()
+    }
+}
+
+fn local_pod(pod: &Pod) -> LocalPod {
+    LocalPod {
+        ifindex: pod.ifindex,
+        mtu: pod.mtu,
+        mac: pod.mac.0,
+        gateway_mac: pod.gateway_mac.0,
+    }
+}

@@ -1,0 +1,146 @@
+//! The embedded kernel object and its programs.
+
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    path::Path,
+};
+
+use aya::{Ebpf, EbpfLoader, programs::SchedClassifier};
+use flannel_ebpf::layout::{FROM_POD, FROM_UPLINK};
+
+use super::EbpfError;
+
+/// What `cargo xtask build-ebpf` made; the build script puts it there.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/flannel.o"));
+
+/// Both programs, loaded, with their maps.
+pub struct Programs {
+    ebpf: Ebpf,
+}
+
+/// Type, key and value size, entries and flags of one map of the object.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct MapShape {
+    pub(super) name: String,
+    pub(super) map_type: u32,
+    pub(super) key_size: u32,
+    pub(super) value_size: u32,
+    pub(super) max_entries: u32,
+    pub(super) flags: u32,
+}
+
+/// Every map of the object, in order of its name.
+pub(super) fn map_shapes() -> Result<Vec<MapShape>, EbpfError> {
+    let object = aya_obj::Object::parse(OBJECT).map_err(aya::EbpfError::from)?;
+    let mut shapes: Vec<MapShape> = object
+        .maps
+        .iter()
+        .map(|(name, map)| MapShape {
+            name: name.clone(),
+            map_type: map.map_type(),
+            key_size: map.key_size(),
+            value_size: map.value_size(),
+            max_entries: map.max_entries(),
+            flags: map.map_flags(),
+        })
+        .collect();
+    shapes.sort();
+    Ok(shapes)
+}
+
+/// A short name for a set of shapes: equal only when every map is alike.
+pub(super) fn fingerprint(shapes: &[MapShape]) -> u32 {
+    let mut hasher = DefaultHasher::new();
+    shapes.hash(&mut hasher);
+    let hash = hasher.finish();
+    (hash ^ (hash >> 32)) as u32
+}
+
+impl Programs {
+    /// Loads the object into the kernel; with `maps` every map is pinned there
+    /// or taken over from there.
+    ///
+    /// # Errors
+    /// The kernel refused a map or a program.
+    pub fn load(maps: Option<&Path>) -> Result<Self, EbpfError> {
+        let mut loader = EbpfLoader::new();
+        let names: Vec<String> = map_shapes()?.into_iter().map(|shape| shape.name).collect();
+        if let Some(directory) = maps {
+            for name in &names {
+                loader.map_pin_path(name, directory.join(name));
+            }
+        }
+        let mut programs = Self {
+            ebpf: loader.load(OBJECT)?,
+        };
+        for name in [FROM_POD, FROM_UPLINK] {
+            programs
+                .classifier(name)?
+                .load()
+                .map_err(|source| EbpfError::Program {
+                    program: name,
+                    source,
+                })?;
+        }
+        Ok(programs)
+    }
+
+    /// One program by its name.
+    ///
+    /// # Errors
+    /// The object has no TC program of that name.
+    pub fn classifier(&mut self, name: &'static str) -> Result<&mut SchedClassifier, EbpfError> {
+        self.ebpf
+            .program_mut(name)
+            .and_then(|program| program.try_into().ok())
+            .ok_or_else(|| EbpfError::Missing {
+                kind: "program",
+                name: name.to_owned(),
+            })
+    }
+
+    /// Hands a map out of the object; it stays loaded as long as the answer or a pin lives.
+    pub(super) fn take_map(&mut self, name: &'static str) -> Result<aya::maps::Map, EbpfError> {
+        self.ebpf.take_map(name).ok_or_else(|| EbpfError::Missing {
+            kind: "map",
+            name: name.to_owned(),
+        })
+    }
+
+    /// The whole object, for tests that run single programs.
+    pub fn ebpf_mut(&mut self) -> &mut Ebpf {
+        &mut self.ebpf
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_object_holds_every_map_of_the_layout() {
+        use flannel_ebpf::layout::{COUNTERS, IDENT, LOCAL_PODS, NODE, PEER_NODES, REMOTE_SUBNETS};
+        let shapes = map_shapes().expect("the embedded object parses");
+        for name in [
+            COUNTERS,
+            IDENT,
+            LOCAL_PODS,
+            NODE,
+            PEER_NODES,
+            REMOTE_SUBNETS,
+        ] {
+            assert!(
+                shapes.iter().any(|shape| shape.name == name),
+                "{name} is missing in {shapes:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn any_change_of_shape_changes_the_fingerprint() {
+        let shapes = map_shapes().expect("the embedded object parses");
+        let mut other = shapes.clone();
+        other[0].value_size += 1;
+        assert_ne!(fingerprint(&shapes), fingerprint(&other));
+    }
+}

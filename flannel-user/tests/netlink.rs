@@ -1,0 +1,463 @@
+//! The kernel datapath against the real kernel, each test in a network namespace of its own.
+
+mod namespace;
+
+use std::{net::Ipv4Addr, time::Instant};
+
+use flannel_user::{
+    datapath::netlink::{Device, DeviceError, DeviceSpec, NetlinkDatapath, Pass, PassError},
+    forwarding::{ForwardingTable, Via},
+    mac::MacAddr,
+};
+use namespace::{batch, in_new_namespace, lines, run};
+
+const NODE: Ipv4Addr = Ipv4Addr::new(192, 168, 50, 1);
+
+/// An uplink `eth0` with address [`NODE`] and the device to put above it.
+fn uplink(mtu: u32) -> DeviceSpec {
+    run(&format!("ip link add eth0 mtu {mtu} type dummy"));
+    run("ip addr add 192.168.50.1/24 dev eth0");
+    run("ip link set eth0 up");
+    DeviceSpec {
+        vni: 1,
+        port: None,
+        uplink_index: index_of("eth0"),
+        local: NODE,
+        mtu: mtu - 50,
+        gbp: false,
+        learning: false,
+        mac: None,
+        address: Some(Ipv4Addr::new(10, 244, 0, 0)),
+        network: "10.244.0.0/16".parse().expect("a network"),
+    }
+}
+
+fn index_of(name: &str) -> u32 {
+    let text = run(&format!("ip -o link show dev {name}"));
+    text.split(':').next().expect("an index").parse().expect("a number")
+}
+
+fn table(rows: &[(&str, &str, &str)]) -> ForwardingTable {
+    let via = |node: &str, mac: &str| Via::Vxlan {
+        node: node.parse().expect("an address"),
+        vtep_mac: mac.parse().expect("a MAC"),
+    };
+    ForwardingTable(
+        rows.iter()
+            .map(|(subnet, node, mac)| (subnet.parse().expect("a subnet"), via(node, mac)))
+            .collect(),
+    )
+}
+
+const PEERS: &[(&str, &str, &str)] = &[
+    ("10.244.1.0/24", "192.168.50.2", "02:11:22:33:44:55"),
+    ("10.244.2.0/24", "192.168.50.3", "02:11:22:33:44:66"),
+];
+
+async fn start(spec: &DeviceSpec) -> (NetlinkDatapath, Device) {
+    let mut datapath = NetlinkDatapath::open().expect("a socket");
+    let device = datapath.ensure_device(spec).await.expect("a device");
+    (datapath, device)
+}
+
+/// A pass without errors, and a second one that has nothing left to do.
+async fn settle(datapath: &mut NetlinkDatapath, table: &ForwardingTable) -> Pass {
+    let pass = datapath.reconcile(table).await;
+    assert!(pass.errors.is_empty(), "{:?}", pass.errors);
+    let again = datapath.reconcile(table).await;
+    assert!(again.is_quiet(), "the second pass is not quiet: {again:?}");
+    pass
+}
+
+fn assert_peers_are_programmed(rows: &[(&str, &str, &str)]) {
+    let expected = |text: &dyn Fn(&(&str, &str, &str)) -> String| {
+        lines(&rows.iter().map(|row| text(row) + "\n").collect::<String>())
+    };
+    let base = |subnet: &str| subnet.split('/').next().expect("a base").to_owned();
+    assert_eq!(
+        lines(&run("ip route show dev flannel.1")),
+        expected(&|(subnet, ..)| format!("{subnet} via {} onlink", base(subnet)))
+    );
+    assert_eq!(
+        lines(&run("ip neigh show dev flannel.1 nud permanent"))
+            .into_iter()
+            .filter(|line| !line.contains("NOARP"))
+            .collect::<Vec<_>>(),
+        expected(&|(subnet, _, mac)| format!("{} lladdr {mac} PERMANENT", base(subnet)))
+    );
+    assert_eq!(
+        lines(&run("bridge fdb show dev flannel.1")),
+        expected(&|(_, node, mac)| format!("{mac} dst {node} self permanent"))
+    );
+}
+
+#[test]
+fn the_device_is_made_as_flannel_makes_it() {
+    in_new_namespace(|| async {
+        let spec = uplink(1500);
+        let (_, device) = start(&spec).await;
+        assert!(device.created);
+        assert_eq!(device.mtu, 1450);
+        assert_eq!(device.mac.0[0] & 3, 2, "local unicast");
+
+        let text = run("ip -d link show dev flannel.1");
+        for part in [
+            "flannel.1: <BROADCAST,MULTICAST,UP,LOWER_UP> mtu 1450 qdisc noqueue",
+            &format!("link/ether {} ", device.mac),
+            "vxlan id 1 local 192.168.50.1 dev eth0 ",
+            "dstport 8472 nolearning",
+            "ttl auto ",
+            " udpcsum ",
+            "noudp6zerocsumtx noudp6zerocsumrx",
+        ] {
+            assert!(text.contains(part), "no {part:?} in\n{text}");
+        }
+        assert!(!text.contains("qlen"), "queue length 0 is not shown:\n{text}");
+        assert!(!text.contains("gbp"), "{text}");
+        let address = run("ip -o -4 addr show dev flannel.1");
+        assert!(
+            address.contains("inet 10.244.0.0/32 scope global flannel.1"),
+            "{address}"
+        );
+        assert_eq!(lines(&run("ip route show dev flannel.1")), [""; 0]);
+        let accept = std::fs::read_to_string("/proc/thread-self/net/../../../sys/net/ipv6/conf/flannel.1/accept_ra")
+            .or_else(|_| std::fs::read_to_string("/proc/sys/net/ipv6/conf/flannel.1/accept_ra"))
+            .expect("the sysctl");
+        assert_eq!(accept.trim(), "0");
+    });
+}
+
+#[test]
+fn port_gbp_learning_and_mac_are_passed_on_and_the_kernel_caps_the_mtu() {
+    in_new_namespace(|| async {
+        let mac = MacAddr([2, 0xaa, 0, 0, 0, 1]);
+        let spec = DeviceSpec {
+            vni: 4096,
+            port: Some(4789),
+            gbp: true,
+            learning: true,
+            mac: Some(mac),
+            mtu: 8950,
+            ..uplink(1500)
+        };
+        let (_, device) = start(&spec).await;
+        assert_eq!((device.mac, device.mtu), (mac, 1450), "the real MTU is reported");
+        let text = run("ip -d link show dev flannel.4096");
+        for part in ["vxlan id 4096 ", "dstport 4789 ", " gbp", "02:aa:00:00:00:01"] {
+            assert!(text.contains(part), "no {part:?} in\n{text}");
+        }
+        assert!(!text.contains("nolearning"), "{text}");
+    });
+}
+
+#[test]
+fn a_restart_takes_the_device_and_its_entries_over() {
+    in_new_namespace(|| async {
+        let spec = uplink(1500);
+        let (mut first, made) = start(&spec).await;
+        settle(&mut first, &table(PEERS)).await;
+        drop(first);
+
+        let other_mac = DeviceSpec {
+            mac: Some(MacAddr([2, 9, 9, 9, 9, 9])),
+            ..spec
+        };
+        let (mut second, taken) = start(&other_mac).await;
+        assert!(!taken.created);
+        assert_eq!((taken.index, taken.mac), (made.index, made.mac));
+        let pass = second.reconcile(&table(PEERS)).await;
+        assert!(pass.is_quiet(), "{pass:?}");
+        assert_peers_are_programmed(PEERS);
+    });
+}
+
+#[test]
+fn a_device_that_does_not_fit_is_made_anew() {
+    in_new_namespace(|| async {
+        let spec = uplink(1500);
+        for misfit in [
+            "ip link add flannel.1 type dummy",
+            "ip link add flannel.1 type vxlan id 2 dstport 8472 dev eth0 local 192.168.50.1",
+            "ip link add flannel.1 type vxlan id 1 dstport 8472 dev eth0 local 192.168.50.9",
+            "ip link add flannel.1 type vxlan id 1 dstport 8472 dev eth0 local 192.168.50.1 gbp",
+        ] {
+            run(misfit);
+            let before = index_of("flannel.1");
+            let (_, device) = start(&spec).await;
+            assert!(device.created, "{misfit}");
+            assert_ne!(device.index, before, "{misfit}");
+            run("ip link delete flannel.1");
+        }
+    });
+}
+
+#[test]
+fn a_vni_in_use_is_named_with_its_holder() {
+    in_new_namespace(|| async {
+        let spec = uplink(1500);
+        run("ip link add other0 type vxlan id 1 dstport 8472 dev eth0 local 192.168.50.1");
+        let mut datapath = NetlinkDatapath::open().expect("a socket");
+        let error = datapath.ensure_device(&spec).await.expect_err("the VNI is taken");
+        assert!(matches!(error, DeviceError::VniTaken { .. }), "{error:?}");
+        assert!(error.to_string().contains("other0 already uses VNI 1"), "{error}");
+    });
+}
+
+#[test]
+fn addresses_inside_the_network_are_replaced_and_others_stay() {
+    in_new_namespace(|| async {
+        let spec = uplink(1500);
+        let without_lease = DeviceSpec {
+            address: None,
+            ..spec.clone()
+        };
+        let (mut datapath, _) = start(&without_lease).await;
+        run("ip addr add 10.244.7.0/32 dev flannel.1");
+        run("ip addr add 10.244.0.0/24 dev flannel.1");
+        run("ip addr add 172.31.0.1/32 dev flannel.1");
+        datapath.ensure_device(&without_lease).await.expect("a device");
+        assert_eq!(lines(&run("ip -o -4 addr show dev flannel.1")).len(), 3);
+        datapath.ensure_device(&spec).await.expect("a device");
+        let text = run("ip -o -4 addr show dev flannel.1");
+        assert_eq!(lines(&text).len(), 2, "{text}");
+        assert!(text.contains("172.31.0.1/32") && text.contains("10.244.0.0/32"), "{text}");
+    });
+}
+
+#[test]
+fn peers_look_as_flannel_programs_them() {
+    in_new_namespace(|| async {
+        let (mut datapath, _) = start(&uplink(1500)).await;
+        let pass = settle(&mut datapath, &table(PEERS)).await;
+        assert_eq!((pass.installed, pass.removed, pass.repaired), (6, 0, 0));
+        assert_peers_are_programmed(PEERS);
+        assert_eq!(
+            lines(&run("ip -d route show 10.244.1.0/24")),
+            ["unicast 10.244.1.0/24 via 10.244.1.0 dev flannel.1 proto boot scope global onlink"]
+        );
+        let got = run("ip route get 10.244.2.9");
+        assert!(got.contains("via 10.244.2.0 dev flannel.1 src 10.244.0.0"), "{got}");
+    });
+}
+
+#[test]
+fn what_somebody_takes_away_comes_back_as_a_repair() {
+    in_new_namespace(|| async {
+        let (mut datapath, device) = start(&uplink(1500)).await;
+        let peers = table(PEERS);
+        settle(&mut datapath, &peers).await;
+        for (damage, repaired) in [
+            ("ip route del 10.244.1.0/24", 1),
+            ("ip neigh del 10.244.1.0 dev flannel.1", 1),
+            ("ip neigh replace 10.244.1.0 lladdr 02:00:00:00:00:99 dev flannel.1 nud permanent", 1),
+            ("ip neigh replace 10.244.1.0 lladdr 02:11:22:33:44:55 dev flannel.1 nud reachable", 1),
+            ("bridge fdb del 02:11:22:33:44:55 dev flannel.1", 1),
+            ("bridge fdb replace 02:11:22:33:44:55 dst 192.168.50.77 dev flannel.1", 1),
+            ("bridge fdb replace 02:11:22:33:44:55 dst 192.168.50.2 port 99 dev flannel.1", 1),
+            ("ip addr del 10.244.0.0/32 dev flannel.1", 1),
+            ("ip addr flush dev flannel.1", 1),
+            ("ip link set flannel.1 mtu 1300", 1),
+            ("ip link set flannel.1 address 02:00:00:00:00:01", 3), // drops the neighbours
+            ("ip link set flannel.1 down", 5), // drops routes and neighbours
+            ("ip route flush dev flannel.1", 2),
+            ("ip link delete flannel.1", 7),
+        ] {
+            run(damage);
+            let pass = settle(&mut datapath, &peers).await;
+            assert_eq!((pass.repaired, pass.installed, pass.removed), (repaired, 0, 0), "{damage}");
+            assert_peers_are_programmed(PEERS);
+            let now = pass.device.expect("a device");
+            assert_eq!((now.mac, now.mtu), (device.mac, device.mtu), "{damage}");
+            let link = run("ip link show dev flannel.1");
+            assert!(link.contains(&device.mac.to_string()), "{damage}: {link}");
+            assert!(link.contains("UP,LOWER_UP> mtu 1450"), "{damage}: {link}");
+            let address = run("ip -o -4 addr show dev flannel.1");
+            assert!(address.contains("10.244.0.0/32"), "{damage}: {address}");
+        }
+    });
+}
+
+#[test]
+fn a_device_replaced_by_a_wrong_one_comes_back_with_the_same_mac() {
+    in_new_namespace(|| async {
+        let (mut datapath, device) = start(&uplink(1500)).await;
+        settle(&mut datapath, &table(PEERS)).await;
+        run("ip link delete flannel.1");
+        run("ip link add flannel.1 type dummy");
+        let pass = settle(&mut datapath, &table(PEERS)).await;
+        let now = pass.device.expect("a device");
+        assert!(now.created);
+        assert_eq!(now.mac, device.mac);
+        assert_peers_are_programmed(PEERS);
+    });
+}
+
+#[test]
+fn while_the_uplink_is_away_the_pass_says_so_and_the_next_recovers() {
+    in_new_namespace(|| async {
+        let spec = uplink(1500);
+        let (mut datapath, device) = start(&spec).await;
+        settle(&mut datapath, &table(PEERS)).await;
+        run("ip link delete eth0"); // takes flannel.1 along
+        let pass = datapath.reconcile(&table(PEERS)).await;
+        assert!(
+            matches!(pass.errors[..], [PassError::Device(DeviceError::Step { action: "create", .. })]),
+            "{pass:?}"
+        );
+        run("ip link add eth0 mtu 1500 type dummy");
+        run("ip addr add 192.168.50.1/24 dev eth0");
+        run("ip link set eth0 up");
+        let moved = DeviceSpec {
+            uplink_index: index_of("eth0"),
+            ..spec
+        };
+        let again = datapath.ensure_device(&moved).await.expect("a device");
+        assert_eq!(again.mac, device.mac);
+        let pass = settle(&mut datapath, &table(PEERS)).await;
+        assert_eq!(pass.repaired, 6);
+        assert_peers_are_programmed(PEERS);
+    });
+}
+
+#[test]
+fn entries_of_peers_that_vanished_before_the_start_are_removed() {
+    in_new_namespace(|| async {
+        let spec = uplink(1500);
+        let (mut first, _) = start(&spec).await;
+        settle(&mut first, &table(PEERS)).await;
+        drop(first);
+        // What is not ours stays.
+        run("ip route add 10.99.0.0/16 via 10.99.7.7 dev flannel.1 onlink proto static");
+        run("ip route add 10.98.0.0/16 via 192.168.50.9 dev eth0");
+        run("bridge fdb append 00:00:00:00:00:00 dst 192.168.50.40 dev flannel.1");
+
+        let (mut second, _) = start(&spec).await;
+        let pass = settle(&mut second, &table(&PEERS[..1])).await;
+        assert_eq!((pass.installed, pass.removed, pass.repaired), (0, 3, 0));
+        let routes = lines(&run("ip route show"));
+        assert!(routes.iter().any(|line| line.starts_with("10.99.0.0/16")), "{routes:?}");
+        assert!(routes.iter().any(|line| line.starts_with("10.98.0.0/16")), "{routes:?}");
+        assert!(!routes.iter().any(|line| line.starts_with("10.244.2.0/24")), "{routes:?}");
+        let fdb = run("bridge fdb show dev flannel.1");
+        assert!(fdb.contains("00:00:00:00:00:00 dst 192.168.50.40"), "{fdb}");
+        run("ip route del 10.99.0.0/16");
+        run("bridge fdb del 00:00:00:00:00:00 dst 192.168.50.40 dev flannel.1");
+        assert_peers_are_programmed(&PEERS[..1]);
+    });
+}
+
+#[test]
+fn a_peer_may_change_its_mac_and_its_address() {
+    in_new_namespace(|| async {
+        let (mut datapath, _) = start(&uplink(1500)).await;
+        settle(&mut datapath, &table(PEERS)).await;
+        for (node, mac) in [
+            ("192.168.50.2", "02:11:22:33:44:77"),
+            ("192.168.50.9", "02:11:22:33:44:77"),
+            ("192.168.50.10", "02:11:22:33:44:88"),
+        ] {
+            let rows = [("10.244.1.0/24", node, mac), PEERS[1]];
+            let pass = settle(&mut datapath, &table(&rows)).await;
+            assert_eq!(pass.repaired, 0);
+            assert_peers_are_programmed(&rows);
+        }
+        let pass = settle(&mut datapath, &table(&[])).await;
+        assert_eq!(pass.removed, 6);
+        assert_peers_are_programmed(&[]);
+    });
+}
+
+#[test]
+fn a_strangers_route_to_a_peers_subnet_is_replaced() {
+    in_new_namespace(|| async {
+        let (mut datapath, _) = start(&uplink(1500)).await;
+        run("ip route add 10.244.1.0/24 via 192.168.50.9 dev eth0");
+        settle(&mut datapath, &table(PEERS)).await;
+        assert_eq!(
+            lines(&run("ip route show 10.244.1.0/24")),
+            ["10.244.1.0/24 via 10.244.1.0 dev flannel.1 onlink"]
+        );
+        // In front of ours, which the kernel then refuses to replace in place.
+        run("ip route prepend 10.244.1.0/24 via 192.168.50.9 dev eth0");
+        settle(&mut datapath, &table(PEERS)).await;
+        assert_eq!(
+            lines(&run("ip route show 10.244.1.0/24")),
+            ["10.244.1.0/24 via 10.244.1.0 dev flannel.1 onlink"]
+        );
+        assert_peers_are_programmed(PEERS);
+    });
+}
+
+#[test]
+fn a_refused_peer_does_not_block_the_others() {
+    in_new_namespace(|| async {
+        let (mut datapath, _) = start(&uplink(1500)).await;
+        let mut rows = PEERS.to_vec();
+        // The kernel takes no multicast address as the FDB destination of a unicast MAC
+        // without a device of its own, nor a gateway of 0.0.0.0.
+        rows.push(("0.0.0.0/8", "192.168.50.8", "02:11:22:33:44:99"));
+        let pass = datapath.reconcile(&table(&rows)).await;
+        assert!(
+            pass.errors
+                .iter()
+                .any(|error| error.to_string() == "cannot set route 0.0.0.0/8 via 0.0.0.0"
+                    || error.to_string().contains("0.0.0.0")),
+            "{:?}",
+            pass.errors
+        );
+        let routes = lines(&run("ip route show dev flannel.1"));
+        assert_eq!(routes.iter().filter(|line| line.starts_with("10.244.")).count(), 2);
+    });
+}
+
+/// Programming time per table size. The bound is wide: a shared machine and a debug build.
+#[test]
+fn ten_thousand_peers_take_about_a_second() {
+    in_new_namespace(|| async {
+        let (mut datapath, _) = start(&DeviceSpec {
+            address: Some(Ipv4Addr::new(9, 255, 0, 0)),
+            network: "8.0.0.0/6".parse().expect("a network"),
+            ..uplink(1500)
+        })
+        .await;
+        for peers in [1_000_u32, 10_000] {
+            let table = ForwardingTable(
+                (0..peers)
+                    .map(|number| {
+                        let base = Ipv4Addr::from(0x0a00_0000 + (number << 8));
+                        let [_, a, b, c] = number.to_be_bytes();
+                        let via = Via::Vxlan {
+                            node: Ipv4Addr::from(0xac10_0000 + number),
+                            vtep_mac: MacAddr([2, 0, 0, a, b, c]),
+                        };
+                        (ipnet::Ipv4Net::new(base, 24).expect("a prefix"), via)
+                    })
+                    .collect(),
+            );
+            settle(&mut datapath, &ForwardingTable::default()).await;
+            let begin = Instant::now();
+            let pass = datapath.reconcile(&table).await;
+            let install = begin.elapsed();
+            assert!(pass.errors.is_empty(), "{:?}", pass.errors.first());
+            assert_eq!(pass.installed, 3 * peers as usize);
+            let begin = Instant::now();
+            let quiet = datapath.reconcile(&table).await;
+            let check = begin.elapsed();
+            assert!(quiet.is_quiet());
+            run("ip link delete flannel.1");
+            let begin = Instant::now();
+            let pass = datapath.reconcile(&table).await;
+            let reprogram = begin.elapsed();
+            assert_eq!(pass.repaired, 3 * peers as usize + 1);
+            let begin = Instant::now();
+            let pass = datapath.reconcile(&ForwardingTable::default()).await;
+            let remove = begin.elapsed();
+            assert_eq!(pass.removed, 3 * peers as usize);
+            eprintln!(
+                "{peers} peers: install {install:?}, quiet pass {check:?}, device deleted and all put back {reprogram:?}, remove {remove:?}"
+            );
+            assert!(install.as_secs() < 5, "{peers} peers took {install:?}");
+        }
+        batch("ip", "link show dev flannel.1\n");
+    });
+}
