@@ -99,6 +99,8 @@ pub struct VxlanPacket {
     pub outer: Outer,
     /// Outer IP identification: any value is right while DF is clear and nothing is fragmented.
     pub identification: u16,
+    /// Outer IP length in bytes, Ethernet header not included.
+    pub length: u16,
     /// Outer UDP checksum: 0 on the fast path, the named deviation.
     pub udp_checksum: u16,
     /// The inner packet's header.
@@ -183,6 +185,7 @@ impl VxlanPacket {
                 vxlan: *frame[vxlan..].first_chunk().context("VXLAN header")?,
             },
             identification: word(ip + 4),
+            length: word(ip + 2),
             udp_checksum: word(udp + 6),
             inner: Inner {
                 macs: macs(&frame[inner..]),

@@ -13,9 +13,11 @@
 pub mod agent;
 pub mod binaries;
 pub mod capture;
+pub mod cluster;
 pub mod exchange;
 pub mod host;
 pub mod lab;
+pub mod load;
 pub mod namespace;
 pub mod node;
 pub mod original;

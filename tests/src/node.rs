@@ -166,6 +166,15 @@ impl Node {
         Pod::start(self, last, wiring, mtu)
     }
 
+    /// Starts a pod with a given last byte of its address, as host-local does
+    /// when it hands out an address again.
+    ///
+    /// # Errors
+    /// As [`Self::add_pod`], and when the address is in use.
+    pub fn add_pod_numbered(&self, last: u8) -> Result<Pod> {
+        Pod::start(self, last, Wiring::Bridged, None)
+    }
+
     /// Counters of an interface of this node.
     ///
     /// # Errors
