@@ -191,6 +191,33 @@ fn a_restart_takes_the_device_and_its_entries_over() {
 }
 
 #[test]
+fn the_mtu_of_a_device_taken_over_is_kept_even_when_it_has_to_be_made_anew() {
+    in_new_namespace(|| async {
+        let spec = uplink(1500);
+        run(
+            "ip link add flannel.1 mtu 1400 type vxlan id 1 dstport 8472 dev eth0 local 192.168.50.1 learning",
+        );
+        let (mut datapath, device) = start(&spec).await;
+        assert_eq!((device.created, device.mtu), (false, 1400));
+        run("ip link delete flannel.1");
+        let pass = settle(&mut datapath, &table(PEERS)).await;
+        let now = pass.device.expect("a device");
+        assert_eq!((now.created, now.mtu, now.mac), (true, 1400, device.mac));
+
+        // An uplink that shrank caps the next one; that is the MTU from then on.
+        run("ip link delete flannel.1");
+        run("ip link set eth0 mtu 1300");
+        let pass = settle(&mut datapath, &table(PEERS)).await;
+        assert_eq!(pass.device.expect("a device").mtu, 1250);
+
+        let narrower = DeviceSpec { mtu: 1200, ..spec };
+        let device = datapath.ensure_device(&narrower).await.expect("a device");
+        assert_eq!(device.mtu, 1200, "a new config is applied");
+        settle(&mut datapath, &table(PEERS)).await;
+    });
+}
+
+#[test]
 fn a_device_that_does_not_fit_is_made_anew() {
     in_new_namespace(|| async {
         let spec = uplink(1500);

@@ -146,7 +146,8 @@ pub(super) async fn converge(
                 .map(|device| device.mac)
                 .or(spec.mac)
                 .unwrap_or_else(MacAddr::random_local);
-            create(rtnl, spec, mac).await?;
+            let mtu = known.map_or(spec.mtu, |device| device.mtu);
+            create(rtnl, spec, mac, mtu).await?;
             accept_no_router_advertisements(&name);
             repaired += usize::from(known.is_some());
             find(rtnl, &name)
@@ -327,7 +328,12 @@ async fn find(rtnl: &mut Rtnl, name: &str) -> Result<Option<FoundLink>, RtnlErro
     }))
 }
 
-async fn create(rtnl: &mut Rtnl, spec: &DeviceSpec, mac: MacAddr) -> Result<(), DeviceError> {
+async fn create(
+    rtnl: &mut Rtnl,
+    spec: &DeviceSpec,
+    mac: MacAddr,
+    mtu: u32,
+) -> Result<(), DeviceError> {
     let mut vxlan = vec![
         InfoVxlan::Id(spec.vni),
         InfoVxlan::Link(spec.uplink_index),
@@ -341,7 +347,7 @@ async fn create(rtnl: &mut Rtnl, spec: &DeviceSpec, mac: MacAddr) -> Result<(), 
     let mut message = LinkMessage::default();
     message.attributes = vec![
         LinkAttribute::IfName(spec.name()),
-        LinkAttribute::Mtu(spec.mtu),
+        LinkAttribute::Mtu(mtu),
         LinkAttribute::TxQueueLen(0),
         LinkAttribute::Address(mac.0.to_vec()),
         LinkAttribute::LinkInfo(vec![

@@ -169,7 +169,8 @@ impl NetlinkDatapath {
                 let mut device = converged.device;
                 pass.device = Some(device.clone());
                 // What the next pass has to defend stays what peers and pods were told.
-                if let Some(known) = &self.device {
+                // A new device is the exception: it may be capped lower than the old one was.
+                if let Some(known) = self.device.as_ref().filter(|_| !device.created) {
                     (device.mac, device.mtu) = (known.mac, known.mtu);
                 }
                 self.device = Some(device);
