@@ -5,6 +5,10 @@
 //! last asks for an acknowledgement, and the kernel, which handles a send in order before it
 //! returns, answers with the failures and that one acknowledgement.
 //!
+//! Measured with 10,000 peers (debug build, two shared cores, Linux 6.18): 1.1 s to install, of which
+//! three quarters pass in the kernel's `fib_create_info`, whose hash chains grow with the number of
+//! gateways on one device; 0.15 s for a pass that finds everything in place.
+//!
 //! The socket belongs to the network namespace of the thread that opened it, for ever.
 
 use std::{
