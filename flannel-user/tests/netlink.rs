@@ -2,10 +2,16 @@
 
 mod namespace;
 
-use std::{net::Ipv4Addr, time::Instant};
+use std::{
+    net::Ipv4Addr,
+    time::{Duration, Instant},
+};
 
 use flannel_user::{
-    datapath::netlink::{Device, DeviceError, DeviceSpec, NetlinkDatapath, Pass, PassError},
+    datapath::{
+        kernel_events::{KernelEvent, listen},
+        netlink::{Device, DeviceError, DeviceSpec, NetlinkDatapath, Pass, PassError},
+    },
     forwarding::{ForwardingTable, Via},
     mac::MacAddr,
 };
@@ -554,5 +560,50 @@ fn ten_thousand_peers_take_about_a_second() {
             );
             assert!(install.as_secs() < 5, "{peers} peers took {install:?}");
         }
+    });
+}
+
+#[test]
+fn the_events_of_a_pass_are_told_apart_from_others() {
+    in_new_namespace(|| async {
+        let (mut datapath, device) = start(&uplink(1500)).await;
+        let on_device = move |event: &KernelEvent| match event {
+            KernelEvent::Routes { index, .. } => *index == Some(device.index),
+            KernelEvent::Neighbours { index, .. } => *index == device.index,
+            _ => false,
+        };
+        let mut events = listen(on_device).expect("a listener");
+        let mut collect = async || {
+            let mut found = Vec::new();
+            while let Ok(Some(event)) =
+                tokio::time::timeout(Duration::from_millis(300), events.recv()).await
+            {
+                let fdb = matches!(event, KernelEvent::Neighbours { fdb: true, .. });
+                found.push((fdb, event.origin().expect("an origin").port));
+            }
+            found.sort_unstable();
+            found
+        };
+
+        settle(&mut datapath, &table(PEERS)).await;
+        let own = datapath.port();
+        let expected = [
+            (false, own),
+            (false, own),
+            (false, own),
+            (false, own),
+            (true, 0),
+            (true, 0),
+        ];
+        assert_eq!(collect().await, expected);
+
+        run("ip route del 10.244.1.0/24");
+        run("ip neigh del 10.244.1.0 dev flannel.1");
+        let strangers = collect().await;
+        assert!(!strangers.is_empty());
+        assert!(
+            strangers.iter().all(|(_, port)| *port != own),
+            "{strangers:?}"
+        );
     });
 }
