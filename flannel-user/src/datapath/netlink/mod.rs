@@ -17,7 +17,7 @@ pub use device::{Device, DeviceError, DeviceSpec};
 use entries::Plan;
 pub use entries::{Conflict, Entries};
 pub use kernel::Entry;
-use rtnl::{Rtnl, RtnlError};
+pub use rtnl::{Rtnl, RtnlError};
 use tracing::{debug, warn};
 
 use crate::forwarding::ForwardingTable;
