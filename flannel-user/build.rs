@@ -17,6 +17,8 @@ fn main() {
     let embedded = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it")).join("flannel.o");
     if let Err(error) = fs::copy(&object, &embedded) {
         let object = object.display();
-        println!("cargo::error=run `cargo xtask build-ebpf` first: no kernel object {object} ({error})");
+        println!(
+            "cargo::error=run `cargo xtask build-ebpf` first: no kernel object {object} ({error})"
+        );
     }
 }

@@ -15,7 +15,10 @@ use std::{net::Ipv4Addr, path::PathBuf, time::Duration};
 use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum, error::ErrorKind};
 
 use self::{go_flags::Given, not_yet::NotYet};
-use crate::network::FastPath;
+use crate::{
+    datapath::{ebpf::TcAttach, switch::Preference},
+    network::FastPath,
+};
 
 /// Largest `--subnet-lease-renew-margin`, in minutes: a minute less than a day.
 const MAX_RENEW_MARGIN: u64 = 1439;
@@ -78,7 +81,7 @@ pub struct Flags {
         default_value = "auto",
         help_heading = "Datapath"
     )]
-    pub datapath: DatapathChoice,
+    pub datapath: Preference,
 
     /// Which packets the programs may take; else the network config's FastPath, else off
     #[arg(long, value_enum, ignore_case = true, help_heading = "Datapath")]
@@ -140,28 +143,6 @@ pub struct Flags {
     /// What the user should know about the flags given, to be logged once logging works.
     #[arg(skip)]
     pub warnings: Vec<String>,
-}
-
-/// `--datapath`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum DatapathChoice {
-    /// eBPF where the kernel can, else netlink, with the reason in the status.
-    Auto,
-    /// eBPF programs above the kernel path.
-    Ebpf,
-    /// The kernel path alone.
-    Netlink,
-}
-
-/// `--tc-attach`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum TcAttach {
-    /// tcx where the kernel has it, else clsact.
-    Auto,
-    /// tcx links (kernel 6.6).
-    Tcx,
-    /// Filters on a clsact qdisc.
-    Clsact,
 }
 
 /// `--forged-vxlan`.

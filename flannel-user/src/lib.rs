@@ -4,9 +4,11 @@
 //! `reconcile` → `datapath`. Kernel events and the control socket only wake
 //! the reconcile loop.
 
+pub mod agent;
 mod atomic_file;
 pub mod backend;
 pub mod config;
+pub mod control;
 pub mod datapath;
 pub mod forwarding;
 pub mod json_object;
@@ -14,6 +16,8 @@ pub mod lease;
 pub mod mac;
 pub mod network;
 pub mod observe;
+pub mod reconcile;
+pub mod renewal;
 pub mod source;
 pub mod subnet_file;
 pub mod uplink;

@@ -2,20 +2,29 @@
 
 mod namespace;
 
-use std::{net::Ipv4Addr, time::Instant};
+use std::{
+    net::Ipv4Addr,
+    time::{Duration, Instant},
+};
 
 use flannel_user::{
-    datapath::netlink::{Device, DeviceError, DeviceSpec, NetlinkDatapath, Pass, PassError},
+    datapath::{
+        kernel_events::{KernelEvent, listen},
+        netlink::{Device, DeviceError, DeviceSpec, NetlinkDatapath, Pass, PassError},
+    },
     forwarding::{ForwardingTable, Via},
     mac::MacAddr,
 };
-use namespace::{batch, in_new_namespace, lines, run};
+use namespace::{in_new_namespace, lines, run};
 
 const NODE: Ipv4Addr = Ipv4Addr::new(192, 168, 50, 1);
 
 /// An uplink `eth0` with address [`NODE`] and the device to put above it.
 fn uplink(mtu: u32) -> DeviceSpec {
-    run(&format!("ip link add eth0 mtu {mtu} type dummy"));
+    run(&format!(
+        "ip link add eth0 mtu {mtu} type veth peer name wire0"
+    ));
+    run("ip link set wire0 up");
     run("ip addr add 192.168.50.1/24 dev eth0");
     run("ip link set eth0 up");
     DeviceSpec {
@@ -34,7 +43,11 @@ fn uplink(mtu: u32) -> DeviceSpec {
 
 fn index_of(name: &str) -> u32 {
     let text = run(&format!("ip -o link show dev {name}"));
-    text.split(':').next().expect("an index").parse().expect("a number")
+    text.split(':')
+        .next()
+        .expect("an index")
+        .parse()
+        .expect("a number")
 }
 
 fn table(rows: &[(&str, &str, &str)]) -> ForwardingTable {
@@ -112,7 +125,10 @@ fn the_device_is_made_as_flannel_makes_it() {
         ] {
             assert!(text.contains(part), "no {part:?} in\n{text}");
         }
-        assert!(!text.contains("qlen"), "queue length 0 is not shown:\n{text}");
+        assert!(
+            !text.contains("qlen"),
+            "queue length 0 is not shown:\n{text}"
+        );
         assert!(!text.contains("gbp"), "{text}");
         let address = run("ip -o -4 addr show dev flannel.1");
         assert!(
@@ -120,8 +136,8 @@ fn the_device_is_made_as_flannel_makes_it() {
             "{address}"
         );
         assert_eq!(lines(&run("ip route show dev flannel.1")), [""; 0]);
-        let accept = std::fs::read_to_string("/proc/thread-self/net/../../../sys/net/ipv6/conf/flannel.1/accept_ra")
-            .or_else(|_| std::fs::read_to_string("/proc/sys/net/ipv6/conf/flannel.1/accept_ra"))
+        // /proc/sys/net shows the namespace of the thread that opens it.
+        let accept = std::fs::read_to_string("/proc/sys/net/ipv6/conf/flannel.1/accept_ra")
             .expect("the sysctl");
         assert_eq!(accept.trim(), "0");
     });
@@ -141,9 +157,18 @@ fn port_gbp_learning_and_mac_are_passed_on_and_the_kernel_caps_the_mtu() {
             ..uplink(1500)
         };
         let (_, device) = start(&spec).await;
-        assert_eq!((device.mac, device.mtu), (mac, 1450), "the real MTU is reported");
+        assert_eq!(
+            (device.mac, device.mtu),
+            (mac, 1450),
+            "the real MTU is reported"
+        );
         let text = run("ip -d link show dev flannel.4096");
-        for part in ["vxlan id 4096 ", "dstport 4789 ", " gbp", "02:aa:00:00:00:01"] {
+        for part in [
+            "vxlan id 4096 ",
+            "dstport 4789 ",
+            " gbp",
+            "02:aa:00:00:00:01",
+        ] {
             assert!(text.contains(part), "no {part:?} in\n{text}");
         }
         assert!(!text.contains("nolearning"), "{text}");
@@ -172,11 +197,38 @@ fn a_restart_takes_the_device_and_its_entries_over() {
 }
 
 #[test]
+fn the_mtu_of_a_device_taken_over_is_kept_even_when_it_has_to_be_made_anew() {
+    in_new_namespace(|| async {
+        let spec = uplink(1500);
+        run(
+            "ip link add flannel.1 mtu 1400 type vxlan id 1 dstport 8472 dev eth0 local 192.168.50.1 learning",
+        );
+        let (mut datapath, device) = start(&spec).await;
+        assert_eq!((device.created, device.mtu), (false, 1400));
+        run("ip link delete flannel.1");
+        let pass = settle(&mut datapath, &table(PEERS)).await;
+        let now = pass.device.expect("a device");
+        assert_eq!((now.created, now.mtu, now.mac), (true, 1400, device.mac));
+
+        // An uplink that shrank caps the next one; that is the MTU from then on.
+        run("ip link delete flannel.1");
+        run("ip link set eth0 mtu 1300");
+        let pass = settle(&mut datapath, &table(PEERS)).await;
+        assert_eq!(pass.device.expect("a device").mtu, 1250);
+
+        let narrower = DeviceSpec { mtu: 1200, ..spec };
+        let device = datapath.ensure_device(&narrower).await.expect("a device");
+        assert_eq!(device.mtu, 1200, "a new config is applied");
+        settle(&mut datapath, &table(PEERS)).await;
+    });
+}
+
+#[test]
 fn a_device_that_does_not_fit_is_made_anew() {
     in_new_namespace(|| async {
         let spec = uplink(1500);
         for misfit in [
-            "ip link add flannel.1 type dummy",
+            "ip link add flannel.1 type bridge",
             "ip link add flannel.1 type vxlan id 2 dstport 8472 dev eth0 local 192.168.50.1",
             "ip link add flannel.1 type vxlan id 1 dstport 8472 dev eth0 local 192.168.50.9",
             "ip link add flannel.1 type vxlan id 1 dstport 8472 dev eth0 local 192.168.50.1 gbp",
@@ -197,9 +249,15 @@ fn a_vni_in_use_is_named_with_its_holder() {
         let spec = uplink(1500);
         run("ip link add other0 type vxlan id 1 dstport 8472 dev eth0 local 192.168.50.1");
         let mut datapath = NetlinkDatapath::open().expect("a socket");
-        let error = datapath.ensure_device(&spec).await.expect_err("the VNI is taken");
+        let error = datapath
+            .ensure_device(&spec)
+            .await
+            .expect_err("the VNI is taken");
         assert!(matches!(error, DeviceError::VniTaken { .. }), "{error:?}");
-        assert!(error.to_string().contains("other0 already uses VNI 1"), "{error}");
+        assert!(
+            error.to_string().contains("other0 already uses VNI 1"),
+            "{error}"
+        );
     });
 }
 
@@ -215,12 +273,18 @@ fn addresses_inside_the_network_are_replaced_and_others_stay() {
         run("ip addr add 10.244.7.0/32 dev flannel.1");
         run("ip addr add 10.244.0.0/24 dev flannel.1");
         run("ip addr add 172.31.0.1/32 dev flannel.1");
-        datapath.ensure_device(&without_lease).await.expect("a device");
+        datapath
+            .ensure_device(&without_lease)
+            .await
+            .expect("a device");
         assert_eq!(lines(&run("ip -o -4 addr show dev flannel.1")).len(), 3);
         datapath.ensure_device(&spec).await.expect("a device");
         let text = run("ip -o -4 addr show dev flannel.1");
         assert_eq!(lines(&text).len(), 2, "{text}");
-        assert!(text.contains("172.31.0.1/32") && text.contains("10.244.0.0/32"), "{text}");
+        assert!(
+            text.contains("172.31.0.1/32") && text.contains("10.244.0.0/32"),
+            "{text}"
+        );
     });
 }
 
@@ -236,7 +300,10 @@ fn peers_look_as_flannel_programs_them() {
             ["unicast 10.244.1.0/24 via 10.244.1.0 dev flannel.1 proto boot scope global onlink"]
         );
         let got = run("ip route get 10.244.2.9");
-        assert!(got.contains("via 10.244.2.0 dev flannel.1 src 10.244.0.0"), "{got}");
+        assert!(
+            got.contains("via 10.244.2.0 dev flannel.1 src 10.244.0.0"),
+            "{got}"
+        );
     });
 }
 
@@ -249,22 +316,38 @@ fn what_somebody_takes_away_comes_back_as_a_repair() {
         for (damage, repaired) in [
             ("ip route del 10.244.1.0/24", 1),
             ("ip neigh del 10.244.1.0 dev flannel.1", 1),
-            ("ip neigh replace 10.244.1.0 lladdr 02:00:00:00:00:99 dev flannel.1 nud permanent", 1),
-            ("ip neigh replace 10.244.1.0 lladdr 02:11:22:33:44:55 dev flannel.1 nud reachable", 1),
+            (
+                "ip neigh replace 10.244.1.0 lladdr 02:00:00:00:00:99 dev flannel.1 nud permanent",
+                1,
+            ),
+            (
+                "ip neigh replace 10.244.1.0 lladdr 02:11:22:33:44:55 dev flannel.1 nud reachable",
+                1,
+            ),
             ("bridge fdb del 02:11:22:33:44:55 dev flannel.1", 1),
-            ("bridge fdb replace 02:11:22:33:44:55 dst 192.168.50.77 dev flannel.1", 1),
-            ("bridge fdb replace 02:11:22:33:44:55 dst 192.168.50.2 port 99 dev flannel.1", 1),
-            ("ip addr del 10.244.0.0/32 dev flannel.1", 1),
-            ("ip addr flush dev flannel.1", 1),
+            (
+                "bridge fdb replace 02:11:22:33:44:55 dst 192.168.50.77 dev flannel.1",
+                1,
+            ),
+            (
+                "bridge fdb replace 02:11:22:33:44:55 dst 192.168.50.2 port 99 dev flannel.1",
+                1,
+            ),
+            ("ip addr del 10.244.0.0/32 dev flannel.1", 5), // the last address takes all along
+            ("ip addr flush dev flannel.1", 5),
             ("ip link set flannel.1 mtu 1300", 1),
             ("ip link set flannel.1 address 02:00:00:00:00:01", 3), // drops the neighbours
-            ("ip link set flannel.1 down", 5), // drops routes and neighbours
+            ("ip link set flannel.1 down", 5),                      // drops routes and neighbours
             ("ip route flush dev flannel.1", 2),
             ("ip link delete flannel.1", 7),
         ] {
             run(damage);
             let pass = settle(&mut datapath, &peers).await;
-            assert_eq!((pass.repaired, pass.installed, pass.removed), (repaired, 0, 0), "{damage}");
+            assert_eq!(
+                (pass.repaired, pass.installed, pass.removed),
+                (repaired, 0, 0),
+                "{damage}"
+            );
             assert_peers_are_programmed(PEERS);
             let now = pass.device.expect("a device");
             assert_eq!((now.mac, now.mtu), (device.mac, device.mtu), "{damage}");
@@ -283,7 +366,7 @@ fn a_device_replaced_by_a_wrong_one_comes_back_with_the_same_mac() {
         let (mut datapath, device) = start(&uplink(1500)).await;
         settle(&mut datapath, &table(PEERS)).await;
         run("ip link delete flannel.1");
-        run("ip link add flannel.1 type dummy");
+        run("ip link add flannel.1 type bridge");
         let pass = settle(&mut datapath, &table(PEERS)).await;
         let now = pass.device.expect("a device");
         assert!(now.created);
@@ -301,10 +384,16 @@ fn while_the_uplink_is_away_the_pass_says_so_and_the_next_recovers() {
         run("ip link delete eth0"); // takes flannel.1 along
         let pass = datapath.reconcile(&table(PEERS)).await;
         assert!(
-            matches!(pass.errors[..], [PassError::Device(DeviceError::Step { action: "create", .. })]),
+            matches!(
+                pass.errors[..],
+                [PassError::Device(DeviceError::Step {
+                    action: "create",
+                    ..
+                })]
+            ),
             "{pass:?}"
         );
-        run("ip link add eth0 mtu 1500 type dummy");
+        run("ip link add eth0 mtu 1500 type veth peer name wire0");
         run("ip addr add 192.168.50.1/24 dev eth0");
         run("ip link set eth0 up");
         let moved = DeviceSpec {
@@ -335,9 +424,18 @@ fn entries_of_peers_that_vanished_before_the_start_are_removed() {
         let pass = settle(&mut second, &table(&PEERS[..1])).await;
         assert_eq!((pass.installed, pass.removed, pass.repaired), (0, 3, 0));
         let routes = lines(&run("ip route show"));
-        assert!(routes.iter().any(|line| line.starts_with("10.99.0.0/16")), "{routes:?}");
-        assert!(routes.iter().any(|line| line.starts_with("10.98.0.0/16")), "{routes:?}");
-        assert!(!routes.iter().any(|line| line.starts_with("10.244.2.0/24")), "{routes:?}");
+        assert!(
+            routes.iter().any(|line| line.starts_with("10.99.0.0/16")),
+            "{routes:?}"
+        );
+        assert!(
+            routes.iter().any(|line| line.starts_with("10.98.0.0/16")),
+            "{routes:?}"
+        );
+        assert!(
+            !routes.iter().any(|line| line.starts_with("10.244.2.0/24")),
+            "{routes:?}"
+        );
         let fdb = run("bridge fdb show dev flannel.1");
         assert!(fdb.contains("00:00:00:00:00:00 dst 192.168.50.40"), "{fdb}");
         run("ip route del 10.99.0.0/16");
@@ -393,20 +491,24 @@ fn a_refused_peer_does_not_block_the_others() {
     in_new_namespace(|| async {
         let (mut datapath, _) = start(&uplink(1500)).await;
         let mut rows = PEERS.to_vec();
-        // The kernel takes no multicast address as the FDB destination of a unicast MAC
-        // without a device of its own, nor a gateway of 0.0.0.0.
+        // The kernel takes no route through the address 0.0.0.0.
         rows.push(("0.0.0.0/8", "192.168.50.8", "02:11:22:33:44:99"));
         let pass = datapath.reconcile(&table(&rows)).await;
-        assert!(
-            pass.errors
-                .iter()
-                .any(|error| error.to_string() == "cannot set route 0.0.0.0/8 via 0.0.0.0"
-                    || error.to_string().contains("0.0.0.0")),
-            "{:?}",
-            pass.errors
+        assert_eq!(pass.errors.len(), 1, "{:?}", pass.errors);
+        assert_eq!(
+            pass.errors[0].to_string(),
+            "cannot set route 0.0.0.0/8 via 0.0.0.0"
         );
+        let again = datapath.reconcile(&table(&rows)).await;
+        assert_eq!(again.errors.len(), 1, "tried again: {:?}", again.errors);
         let routes = lines(&run("ip route show dev flannel.1"));
-        assert_eq!(routes.iter().filter(|line| line.starts_with("10.244.")).count(), 2);
+        assert_eq!(
+            routes
+                .iter()
+                .filter(|line| line.starts_with("10.244."))
+                .count(),
+            2
+        );
     });
 }
 
@@ -458,6 +560,50 @@ fn ten_thousand_peers_take_about_a_second() {
             );
             assert!(install.as_secs() < 5, "{peers} peers took {install:?}");
         }
-        batch("ip", "link show dev flannel.1\n");
+    });
+}
+
+#[test]
+fn the_events_of_a_pass_are_told_apart_from_others() {
+    in_new_namespace(|| async {
+        let (mut datapath, device) = start(&uplink(1500)).await;
+        let on_device = move |event: &KernelEvent| match event {
+            KernelEvent::Routes { index, .. } => *index == Some(device.index),
+            KernelEvent::Neighbours { index, .. } => *index == device.index,
+            _ => false,
+        };
+        let mut events = listen(on_device).expect("a listener");
+        let mut collect = async || {
+            let mut found = Vec::new();
+            while let Ok(Some(event)) =
+                tokio::time::timeout(Duration::from_millis(300), events.recv()).await
+            {
+                let fdb = matches!(event, KernelEvent::Neighbours { fdb: true, .. });
+                found.push((fdb, event.origin().expect("an origin").port));
+            }
+            found.sort_unstable();
+            found
+        };
+
+        settle(&mut datapath, &table(PEERS)).await;
+        let own = datapath.port();
+        let expected = [
+            (false, own),
+            (false, own),
+            (false, own),
+            (false, own),
+            (true, 0),
+            (true, 0),
+        ];
+        assert_eq!(collect().await, expected);
+
+        run("ip route del 10.244.1.0/24");
+        run("ip neigh del 10.244.1.0 dev flannel.1");
+        let strangers = collect().await;
+        assert!(!strangers.is_empty());
+        assert!(
+            strangers.iter().all(|(_, port)| *port != own),
+            "{strangers:?}"
+        );
     });
 }

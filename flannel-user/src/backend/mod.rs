@@ -1,3 +1,4 @@
 //! Backends: (leases, node) → forwarding table, and what this node publishes.
 
+pub mod alloc;
 pub mod vxlan;

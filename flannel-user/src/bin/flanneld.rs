@@ -1,2 +1,85 @@
-//! skeleton
-fn main() {}
+//! `flanneld`: the agent of one node.
+
+use std::{io::IsTerminal as _, process::ExitCode, sync::Arc};
+
+use flannel_ebpf::layout::LAYOUT_VERSION;
+use flannel_user::{
+    agent::{self, Options},
+    config::{Flags, ForgedVxlan},
+    datapath::ebpf::EbpfOptions,
+    source::file::FileSource,
+    uplink::UplinkChoice,
+};
+use tracing::{error, info, warn};
+use tracing_subscriber::EnvFilter;
+
+/// Lets tests run an upgrade between two map layouts with one build.
+const TEST_LAYOUT: &str = "FLANNEL_TEST_LAYOUT_VERSION";
+
+fn main() -> ExitCode {
+    let flags = Flags::from_process();
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::new(flags.log_filter()))
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .init();
+    for warning in &flags.warnings {
+        warn!("{warning}");
+    }
+    match run(&flags) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(cause) => {
+            error!("{cause:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(flags: &Flags) -> anyhow::Result<()> {
+    let source = FileSource::new(flags.lease_dir.clone(), flags.lease_ttl)?;
+    let options = Options {
+        source: Arc::new(source),
+        uplink: UplinkChoice {
+            iface: flags.iface.clone(),
+            iface_regex: flags.iface_regex.clone(),
+            iface_can_reach: flags.iface_can_reach.map(|address| address.to_string()),
+            public_ip: flags.public_ip.map(|address| address.to_string()),
+        },
+        subnet_file: flags.subnet_file.clone(),
+        ip_masq: flags.ip_masq,
+        renew_margin: flags.renew_margin(),
+        datapath: flags.datapath,
+        fast_path: flags.fast_path,
+        drop_forged: flags.forged_vxlan == ForgedVxlan::Drop,
+        control_socket: flags.control_socket.clone(),
+        ebpf: EbpfOptions {
+            bpf_dir: flags.bpf_dir.clone(),
+            vni: 0,
+            attach: flags.tc_attach,
+            layout_version: layout_version(),
+        },
+    };
+    info!(
+        version = env!("CARGO_PKG_VERSION"),
+        pid = std::process::id(),
+        "flanneld starts"
+    );
+    // One thread: the work is small and comes in bursts, memory is counted per node.
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(agent::run(options))
+}
+
+fn layout_version() -> u32 {
+    match std::env::var(TEST_LAYOUT)
+        .ok()
+        .and_then(|text| text.parse().ok())
+    {
+        Some(version) => {
+            warn!(version, "{TEST_LAYOUT} is set: map layout of a test");
+            version
+        }
+        None => LAYOUT_VERSION,
+    }
+}

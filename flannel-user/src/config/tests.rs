@@ -35,7 +35,7 @@ fn defaults_are_flannels() {
     assert!(flags.iface.is_empty() && flags.iface_regex.is_empty());
     assert_eq!((flags.public_ip, flags.iface_can_reach), (None, None));
     assert!(!flags.ip_masq);
-    assert_eq!(flags.datapath, DatapathChoice::Auto);
+    assert_eq!(flags.datapath, Preference::Auto);
     assert_eq!(flags.fast_path, None);
     assert_eq!(flags.tc_attach, TcAttach::Auto);
     assert_eq!(flags.forged_vxlan, ForgedVxlan::Drop);
@@ -100,7 +100,7 @@ fn every_flag_is_read() {
     assert_eq!(flags.iface_regex, ["^eth"]);
     assert_eq!(flags.iface_can_reach, Some(Ipv4Addr::new(192, 0, 2, 1)));
     assert_eq!(flags.public_ip, Some(Ipv4Addr::new(192, 168, 50, 1)));
-    assert_eq!(flags.datapath, DatapathChoice::Netlink);
+    assert_eq!(flags.datapath, Preference::Netlink);
     assert_eq!(flags.fast_path, Some(FastPath::Direct));
     assert_eq!(flags.tc_attach, TcAttach::Clsact);
     assert_eq!(flags.forged_vxlan, ForgedVxlan::Pass);

@@ -3,4 +3,7 @@
 pub mod ebpf;
 pub mod kernel_events;
 pub mod netlink;
+pub mod next_hop;
+pub mod node_config;
 pub mod pods;
+pub mod switch;

@@ -11,7 +11,7 @@ use nix::sched::{CloneFlags, unshare};
 
 /// Runs `test` on a thread of its own in a fresh network namespace, which the kernel takes away
 /// with the thread. Panics pass through.
-pub fn in_new_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
+pub(crate) fn in_new_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
     assert!(
         nix::unistd::geteuid().is_root(),
         "this test makes network namespaces and needs root: run it with sudo"
@@ -31,12 +31,12 @@ pub fn in_new_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send 
 }
 
 /// Runs one command line in the namespace of this thread and returns what it prints.
-pub fn run(line: &str) -> String {
+pub(crate) fn run(line: &str) -> String {
     try_run(line).unwrap_or_else(|error| panic!("{line}: {error}"))
 }
 
 /// The same; the error is what the command complained about.
-pub fn try_run(line: &str) -> Result<String, String> {
+pub(crate) fn try_run(line: &str) -> Result<String, String> {
     let mut words = line.split_whitespace();
     let output = Command::new(words.next().expect("a command"))
         .args(words)
@@ -50,7 +50,7 @@ pub fn try_run(line: &str) -> Result<String, String> {
 }
 
 /// Feeds `lines` to `ip -batch -` or `bridge -batch -`.
-pub fn batch(tool: &str, lines: &str) {
+pub(crate) fn batch(tool: &str, lines: &str) {
     use std::io::Write as _;
     let mut child = Command::new(tool)
         .args(["-batch", "-"])
@@ -64,7 +64,7 @@ pub fn batch(tool: &str, lines: &str) {
 }
 
 /// The lines of `text` without surrounding blanks, sorted.
-pub fn lines(text: &str) -> Vec<String> {
+pub(crate) fn lines(text: &str) -> Vec<String> {
     let mut lines: Vec<_> = text
         .lines()
         .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "))
@@ -75,10 +75,10 @@ pub fn lines(text: &str) -> Vec<String> {
 }
 
 /// Another network namespace, held by a process that does nothing; gone on drop.
-pub struct Elsewhere(Child);
+pub(crate) struct Elsewhere(Child);
 
 impl Elsewhere {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut child = Command::new("unshare")
             .args(["--net", "sh", "-c", "echo ready; exec sleep 600"])
             .stdout(Stdio::piped())
@@ -93,12 +93,12 @@ impl Elsewhere {
     }
 
     /// For `ip link … netns <pid>`.
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.0.id()
     }
 
     /// Runs one command line inside.
-    pub fn run(&self, line: &str) -> String {
+    pub(crate) fn run(&self, line: &str) -> String {
         run(&format!("nsenter --net -t {} -- {line}", self.pid()))
     }
 }

@@ -120,7 +120,7 @@ fn find_linker() -> Option<PathBuf> {
     ]
     .into_iter()
     .chain(command::find("bpf-linker"))
-    .find(|linker| is_wanted_linker(linker))
+    .find(is_wanted_linker)
 }
 
 fn is_wanted_linker(linker: &PathBuf) -> bool {

@@ -11,9 +11,7 @@ use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage, AddressScope},
-    link::{
-        InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
-    },
+    link::{InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
 };
 use tracing::{info, warn};
 
@@ -148,7 +146,8 @@ pub(super) async fn converge(
                 .map(|device| device.mac)
                 .or(spec.mac)
                 .unwrap_or_else(MacAddr::random_local);
-            create(rtnl, spec, mac).await?;
+            let mtu = known.map_or(spec.mtu, |device| device.mtu);
+            create(rtnl, spec, mac, mtu).await?;
             accept_no_router_advertisements(&name);
             repaired += usize::from(known.is_some());
             find(rtnl, &name)
@@ -245,9 +244,10 @@ impl FoundLink {
         let Some(vxlan) = &self.vxlan else {
             return Some("it is no VXLAN device".into());
         };
-        let differs = |what: &str, found: &dyn std::fmt::Display, wanted: &dyn std::fmt::Display| {
-            Some(format!("its {what} is {found}, not {wanted}"))
-        };
+        let differs =
+            |what: &str, found: &dyn std::fmt::Display, wanted: &dyn std::fmt::Display| {
+                Some(format!("its {what} is {found}, not {wanted}"))
+            };
         if vxlan.vni != spec.vni {
             return differs("VNI", &vxlan.vni, &spec.vni);
         }
@@ -328,7 +328,12 @@ async fn find(rtnl: &mut Rtnl, name: &str) -> Result<Option<FoundLink>, RtnlErro
     }))
 }
 
-async fn create(rtnl: &mut Rtnl, spec: &DeviceSpec, mac: MacAddr) -> Result<(), DeviceError> {
+async fn create(
+    rtnl: &mut Rtnl,
+    spec: &DeviceSpec,
+    mac: MacAddr,
+    mtu: u32,
+) -> Result<(), DeviceError> {
     let mut vxlan = vec![
         InfoVxlan::Id(spec.vni),
         InfoVxlan::Link(spec.uplink_index),
@@ -342,7 +347,7 @@ async fn create(rtnl: &mut Rtnl, spec: &DeviceSpec, mac: MacAddr) -> Result<(), 
     let mut message = LinkMessage::default();
     message.attributes = vec![
         LinkAttribute::IfName(spec.name()),
-        LinkAttribute::Mtu(spec.mtu),
+        LinkAttribute::Mtu(mtu),
         LinkAttribute::TxQueueLen(0),
         LinkAttribute::Address(mac.0.to_vec()),
         LinkAttribute::LinkInfo(vec![
@@ -383,10 +388,13 @@ async fn holder_of_vni(rtnl: &mut Rtnl, vni: u32) -> Result<Option<String>, Rtnl
             return None;
         };
         let found = FoundLink::parse(link).vxlan?;
-        let name = link.attributes.iter().find_map(|attribute| match attribute {
-            LinkAttribute::IfName(name) => Some(name.clone()),
-            _ => None,
-        })?;
+        let name = link
+            .attributes
+            .iter()
+            .find_map(|attribute| match attribute {
+                LinkAttribute::IfName(name) => Some(name.clone()),
+                _ => None,
+            })?;
         (found.vni == vni).then_some(name)
     }))
 }
@@ -553,7 +561,10 @@ mod tests {
         assert!(fits(&found(|_| {}), &spec()), "MTU and MAC do not count");
         assert!(fits(&found(|v| v.lower = None), &spec()));
         assert!(fits(&found(|v| v.local = None), &spec()));
-        assert!(fits(&found(|v| v.port = Some(4789)), &spec()), "no port asked for");
+        assert!(
+            fits(&found(|v| v.port = Some(4789)), &spec()),
+            "no port asked for"
+        );
 
         let with_port = DeviceSpec {
             port: Some(8472),
@@ -572,6 +583,9 @@ mod tests {
 
         let mut dummy = found(|_| {});
         dummy.vxlan = None;
-        assert_eq!(dummy.misfit(&spec()).as_deref(), Some("it is no VXLAN device"));
+        assert_eq!(
+            dummy.misfit(&spec()).as_deref(),
+            Some("it is no VXLAN device")
+        );
     }
 }

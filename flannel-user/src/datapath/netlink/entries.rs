@@ -302,7 +302,10 @@ mod tests {
     fn an_empty_kernel_gets_everything_and_a_right_one_nothing() {
         let entries = wanted(TWO);
         let plan = Plan::between(&Actual::default(), &entries);
-        assert_eq!(plan.fdb.len() + plan.neighbours.len() + plan.routes.len(), 6);
+        assert_eq!(
+            plan.fdb.len() + plan.neighbours.len() + plan.routes.len(),
+            6
+        );
         assert!(plan.withdraw.is_empty() && plan.stale_fdb.is_empty());
         assert!(Plan::between(&as_found(&entries), &entries).is_empty());
     }
@@ -355,9 +358,10 @@ mod tests {
         let mut actual = as_found(&entries);
         let stranger = FoundRoute { ours: false };
         actual.routes.insert(net("10.244.1.0/24"), vec![stranger]);
-        actual
-            .routes
-            .insert(net("10.244.2.0/24"), vec![stranger, FoundRoute { ours: true }]);
+        actual.routes.insert(
+            net("10.244.2.0/24"),
+            vec![stranger, FoundRoute { ours: true }],
+        );
         actual.routes.insert(net("0.0.0.0/0"), vec![stranger]);
         assert_eq!(
             Plan::between(&actual, &entries),

@@ -126,10 +126,7 @@ pub(super) async fn observe(rtnl: &mut Rtnl, device: u32) -> Result<Actual, Rtnl
     let mut filter = NeighbourMessage::default();
     filter.header.family = AddressFamily::Bridge;
     filter.header.ifindex = device;
-    for object in rtnl
-        .dump(RouteNetlinkMessage::GetNeighbour(filter))
-        .await?
-    {
+    for object in rtnl.dump(RouteNetlinkMessage::GetNeighbour(filter)).await? {
         if let RouteNetlinkMessage::NewNeighbour(entry) = object
             && entry.header.ifindex == device
             && let Some((mac, found)) = found_fdb(&entry)
@@ -141,10 +138,7 @@ pub(super) async fn observe(rtnl: &mut Rtnl, device: u32) -> Result<Actual, Rtnl
     let mut filter = NeighbourMessage::default();
     filter.header.family = AddressFamily::Inet;
     filter.attributes.push(NeighbourAttribute::IfIndex(device));
-    for object in rtnl
-        .dump(RouteNetlinkMessage::GetNeighbour(filter))
-        .await?
-    {
+    for object in rtnl.dump(RouteNetlinkMessage::GetNeighbour(filter)).await? {
         if let RouteNetlinkMessage::NewNeighbour(entry) = object
             && entry.header.ifindex == device
             && let Some((base, found)) = found_neighbour(&entry)

@@ -12,11 +12,12 @@ pub mod rtnl;
 
 use std::collections::BTreeSet;
 
+pub(in crate::datapath) use device::local_address;
 pub use device::{Device, DeviceError, DeviceSpec};
+use entries::Plan;
 pub use entries::{Conflict, Entries};
 pub use kernel::Entry;
-use entries::Plan;
-use rtnl::{Rtnl, RtnlError};
+pub use rtnl::{Rtnl, RtnlError};
 use tracing::{debug, warn};
 
 use crate::forwarding::ForwardingTable;
@@ -130,7 +131,10 @@ impl NetlinkDatapath {
         }
         let converged = device::converge(&mut self.rtnl, spec, known.as_ref()).await?;
         for error in &converged.errors {
-            warn!(error = error as &dyn std::error::Error, "the device is not quite as wanted");
+            warn!(
+                error = error as &dyn std::error::Error,
+                "the device is not quite as wanted"
+            );
         }
         self.spec = Some(spec.clone());
         self.device = Some(converged.device.clone());
@@ -160,11 +164,13 @@ impl NetlinkDatapath {
         match device::converge(&mut self.rtnl, &spec, self.device.as_ref()).await {
             Ok(converged) => {
                 pass.repaired += converged.repaired;
-                pass.errors.extend(converged.errors.into_iter().map(Into::into));
+                pass.errors
+                    .extend(converged.errors.into_iter().map(Into::into));
                 let mut device = converged.device;
                 pass.device = Some(device.clone());
                 // What the next pass has to defend stays what peers and pods were told.
-                if let Some(known) = &self.device {
+                // A new device is the exception: it may be capped lower than the old one was.
+                if let Some(known) = self.device.as_ref().filter(|_| !device.created) {
                     (device.mac, device.mtu) = (known.mac, known.mtu);
                 }
                 self.device = Some(device);

@@ -5,6 +5,10 @@
 //! last asks for an acknowledgement, and the kernel, which handles a send in order before it
 //! returns, answers with the failures and that one acknowledgement.
 //!
+//! Measured with 10,000 peers (debug build, two shared cores, Linux 6.18): 1.1 to 1.4 s to install and
+//! 0.15 to 0.2 s for a pass that finds everything in place. 1,000 peers take 0.03 s, so it is not
+//! linear: perf shows most of the time in the kernel's `fib_create_info`.
+//!
 //! The socket belongs to the network namespace of the thread that opened it, for ever.
 
 use std::{

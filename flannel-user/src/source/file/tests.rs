@@ -165,8 +165,18 @@ fn fifty_agents_at_once_never_share_an_address() {
                         .build()
                         .expect("a runtime");
                     let source = source(directory);
+                    // Subnets of two sizes overlap without having the same name, which
+                    // only the lock can prevent.
+                    let len = 24 + 2 * (number % 2);
+                    let config = format!(
+                        r#"{{"Network":"10.3.0.0/16","SubnetLen":{len},"SubnetMax":"10.3.63.0","Backend":{{"Type":"alloc"}}}}"#
+                    );
+                    let config = config.parse().expect("valid");
+                    let previous = Some("10.3.9.0/24".parse().expect("a network"));
                     start.wait();
-                    runtime.block_on(acquire(&source, &node(number), Some("10.3.9.0/24")))
+                    let attributes = node(number);
+                    let lease = source.acquire(&config, &attributes, previous);
+                    runtime.block_on(lease).expect("a subnet")
                 })
             })
             .collect();

@@ -1,0 +1,383 @@
+//! The composition root: the only file that knows every part.
+//!
+//! Order of a start (contract section 1, with the better readiness it names):
+//! source, network config, uplink, tunnel device, lease, device address,
+//! subnet file, first snapshot in the kernel, then ready.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail};
+use ipnet::Ipv4Net;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, oneshot, watch},
+};
+use tracing::{error, info, warn};
+
+use crate::{
+    backend::vxlan,
+    control,
+    datapath::{
+        ebpf::EbpfOptions,
+        kernel_events,
+        netlink::{DeviceSpec, NetlinkDatapath, Rtnl},
+        switch::{Preference, Switch},
+    },
+    lease::{Lease, SubnetKey, table::LeaseTable},
+    network::{BackendConfig, FastPath, NetworkConfig},
+    reconcile::{self, Inputs, NodeSetup, Peers, Reconciler},
+    renewal,
+    source::{LeaseSource, SourceError},
+    subnet_file::{Previous, SubnetFile},
+    uplink::{self, Uplink, UplinkChoice},
+};
+
+/// Bytes that VXLAN over IPv4 adds to a packet.
+const VXLAN_OVERHEAD: u32 = 50;
+/// How long after a failed read of the network config the next one follows.
+const CONFIG_RETRY: Duration = Duration::from_secs(1);
+/// How long after a failed attempt a lease is asked for again.
+const ACQUIRE_RETRY: Duration = Duration::from_secs(1);
+
+/// Everything an agent is told.
+pub struct Options {
+    /// Where leases come from.
+    pub source: Arc<dyn LeaseSource>,
+    /// How the uplink is chosen.
+    pub uplink: UplinkChoice,
+    /// Where the result is written for the CNI plugin.
+    pub subnet_file: PathBuf,
+    /// `--ip-masq`, for the subnet file.
+    pub ip_masq: bool,
+    /// How long before its end the lease is renewed.
+    pub renew_margin: Duration,
+    /// `--datapath`.
+    pub datapath: Preference,
+    /// `--fast-path`; the network config decides when absent.
+    pub fast_path: Option<FastPath>,
+    /// `--forged-vxlan drop`.
+    pub drop_forged: bool,
+    /// Where `flannelctl` finds this agent.
+    pub control_socket: PathBuf,
+    /// Where and how programs live; the VNI is filled in from the network config.
+    pub ebpf: EbpfOptions,
+}
+
+/// Runs one agent until it is told to stop. The datapath stays as it is then.
+///
+/// # Errors
+/// The start failed; what was done until then stays (device, lease), so that a
+/// restart goes on from there.
+pub async fn run(options: Options) -> anyhow::Result<()> {
+    let mut interrupt = signal(SignalKind::interrupt()).context("handle SIGINT")?;
+    let mut terminate = signal(SignalKind::terminate()).context("handle SIGTERM")?;
+    tokio::select! {
+        result = serve(options) => result,
+        _ = interrupt.recv() => { info!("interrupted; the datapath stays"); Ok(()) }
+        _ = terminate.recv() => { info!("told to stop; the datapath stays"); Ok(()) }
+    }
+}
+
+async fn serve(options: Options) -> anyhow::Result<()> {
+    let source = Arc::clone(&options.source);
+    let network = network_config(source.as_ref()).await?;
+    let BackendConfig::Vxlan(backend) = &network.backend else {
+        return lease_only(&options, &network).await;
+    };
+
+    let chosen = choose_uplink(&options.uplink).await?;
+    let mtu = device_mtu(backend.mtu, chosen.mtu)?;
+    let mut spec = DeviceSpec {
+        vni: backend.vni,
+        port: backend.port,
+        uplink_index: chosen.index,
+        local: chosen.public_ip,
+        mtu,
+        gbp: backend.gbp,
+        learning: backend.learning,
+        mac: None,
+        address: None,
+        network: network.network,
+    };
+    // Listening starts before the first look at the kernel, so nothing falls in between.
+    let events =
+        kernel_events::listen(reconcile::is_relevant).context("listen for kernel events")?;
+    let rtnl = Rtnl::open().context("open a netlink socket")?;
+    let mut netlink = NetlinkDatapath::open().context("open a netlink socket")?;
+    let device = netlink.ensure_device(&spec).await?;
+    info!(device = device.name, mac = %device.mac, mtu = device.mtu, created = device.created, "tunnel device");
+
+    let attributes = vxlan::attributes(chosen.public_ip, device.mac, backend.vni);
+    let previous = previous(&options.subnet_file);
+    let lease = acquire(source.as_ref(), &network, &attributes, previous.subnet).await?;
+    let subnet = lease.key.v4;
+    info!(%subnet, "lease acquired");
+
+    spec.address = Some(subnet.network());
+    let device = netlink.ensure_device(&spec).await?;
+    write_subnet_file(&options, &network, subnet, device.mtu);
+
+    let fast_path = options
+        .fast_path
+        .or(backend.fast_path)
+        .unwrap_or(FastPath::Off);
+    let setup = NodeSetup {
+        uplink: chosen,
+        subnet,
+        network: network.network,
+        vni: backend.vni,
+        port: backend.port,
+        fast_path,
+        drop_forged: options.drop_forged,
+        source: source.describe(),
+    };
+    let ebpf = EbpfOptions {
+        vni: backend.vni,
+        ..options.ebpf.clone()
+    };
+    let switch = Switch::new(
+        ebpf,
+        options.datapath,
+        options.control_socket.with_extension("mode"),
+    );
+    if !switch.wants_ebpf() {
+        switch.clear();
+    }
+
+    let (calls_sender, calls) = mpsc::channel(16);
+    control::serve(&options.control_socket, calls_sender)?;
+    let (peers_sender, peers) = watch::channel(Peers::default());
+    let (ready, became_ready) = oneshot::channel();
+    let inputs = Inputs {
+        peers,
+        events,
+        calls,
+        ready,
+    };
+    let mut reconciler =
+        tokio::spawn(Reconciler::new(setup, rtnl, netlink, device, switch).run(inputs));
+
+    let (lease_sender, own_lease) = watch::channel(lease.clone());
+    let (revoked_sender, revoked) = mpsc::channel(1);
+    tokio::spawn(renewal::keep(
+        Arc::clone(&source),
+        lease_sender,
+        revoked,
+        options.renew_margin,
+    ));
+    let mut follow = tokio::spawn(follow(source, own_lease, peers_sender, revoked_sender));
+    tokio::spawn(async move {
+        if became_ready.await.is_ok() {
+            info!("ready: every known peer is in the kernel");
+            if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+                warn!(%error, "cannot tell systemd");
+            }
+        }
+    });
+
+    tokio::select! {
+        ended = &mut reconciler => ended.context("the reconcile loop failed")?,
+        ended = &mut follow => ended.context("following the leases failed")?,
+    }
+    bail!("a part of the agent ended by itself")
+}
+
+/// Backend `alloc`: a lease and a subnet file, no forwarding.
+async fn lease_only(options: &Options, network: &NetworkConfig) -> anyhow::Result<()> {
+    let chosen = choose_uplink(&options.uplink).await?;
+    let attributes = crate::backend::alloc::attributes(chosen.public_ip);
+    let previous = previous(&options.subnet_file);
+    let lease = acquire(
+        options.source.as_ref(),
+        network,
+        &attributes,
+        previous.subnet,
+    )
+    .await?;
+    info!(subnet = %lease.key.v4, "lease acquired; backend alloc forwards nothing");
+    write_subnet_file(options, network, lease.key.v4, chosen.mtu);
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    let (sender, _own) = watch::channel(lease);
+    let (_revoked, revocations) = mpsc::channel(1);
+    renewal::keep(
+        Arc::clone(&options.source),
+        sender,
+        revocations,
+        options.renew_margin,
+    )
+    .await;
+    Ok(())
+}
+
+async fn choose_uplink(choice: &UplinkChoice) -> anyhow::Result<Uplink> {
+    let (connection, handle, _) = rtnetlink::new_connection().context("open a netlink socket")?;
+    tokio::spawn(connection);
+    Ok(uplink::choose(&handle, choice).await?)
+}
+
+/// MTU of the tunnel device in bytes.
+fn device_mtu(configured: Option<u32>, link: u32) -> anyhow::Result<u32> {
+    let outer = configured.unwrap_or(link);
+    if outer > link {
+        bail!(
+            "Backend.MTU {outer} is larger than the uplink's MTU {link}: lower it to {link} or less, or raise the uplink's"
+        );
+    }
+    match outer.checked_sub(VXLAN_OVERHEAD) {
+        // The smallest MTU of IPv4 (RFC 791).
+        Some(mtu) if mtu >= 68 => Ok(mtu),
+        _ => bail!("MTU {outer} leaves no room for VXLAN's {VXLAN_OVERHEAD} bytes and a packet"),
+    }
+}
+
+/// Reads the config until it can be had: it may not have been written yet.
+async fn network_config(source: &dyn LeaseSource) -> anyhow::Result<NetworkConfig> {
+    let mut last_said = String::new();
+    loop {
+        match source.network_config().await {
+            Ok(config) => return Ok(config),
+            Err(SourceError::Fatal(cause)) => return Err(cause.context("network config")),
+            Err(SourceError::Retry(cause)) => {
+                let text = format!("{cause:#}");
+                if text != last_said {
+                    error!(
+                        error = text,
+                        source = source.describe(),
+                        "no network config; trying again each second"
+                    );
+                    last_said = text;
+                }
+                tokio::time::sleep(CONFIG_RETRY).await;
+            }
+        }
+    }
+}
+
+async fn acquire(
+    source: &dyn LeaseSource,
+    network: &NetworkConfig,
+    attributes: &crate::lease::LeaseAttributes,
+    previous: Option<Ipv4Net>,
+) -> anyhow::Result<Lease> {
+    loop {
+        match source.acquire(network, attributes, previous).await {
+            Ok(lease) => return Ok(lease),
+            Err(SourceError::Fatal(cause)) => return Err(cause.context("no lease")),
+            Err(SourceError::Retry(cause)) => {
+                warn!(error = format!("{cause:#}"), "no lease yet; trying again");
+                tokio::time::sleep(ACQUIRE_RETRY).await;
+            }
+        }
+    }
+}
+
+/// What an earlier agent wrote, as far as it can be read.
+fn previous(path: &Path) -> Previous {
+    Previous::read(path).unwrap_or_else(|cause| {
+        warn!(
+            error = &cause as &dyn std::error::Error,
+            "the previous subnet is not known"
+        );
+        Previous::default()
+    })
+}
+
+/// A file that cannot be written costs new pods, not the ones that run.
+fn write_subnet_file(options: &Options, network: &NetworkConfig, subnet: Ipv4Net, mtu: u32) {
+    let file = SubnetFile {
+        network: network.network,
+        subnet,
+        mtu,
+        ip_masq: options.ip_masq,
+    };
+    if let Err(cause) = file.write(&options.subnet_file) {
+        error!(
+            error = &cause as &dyn std::error::Error,
+            "new pods cannot be set up"
+        );
+    }
+}
+
+/// Carries lease events into the wanted state, and tells the renewal when the own lease went.
+async fn follow(
+    source: Arc<dyn LeaseSource>,
+    own: watch::Receiver<Lease>,
+    peers: watch::Sender<Peers>,
+    revoked: mpsc::Sender<()>,
+) {
+    let own_key = own.borrow().key;
+    let mut table = LeaseTable::new(&own_key);
+    let mut said_skipped = BTreeMap::new();
+    loop {
+        let mut events = match source.watch().await {
+            Ok(events) => events,
+            Err(error) => {
+                warn!(
+                    error = format!("{error:#}"),
+                    "cannot watch leases; trying again"
+                );
+                peers.send_modify(|peers| peers.in_sync = false);
+                tokio::time::sleep(CONFIG_RETRY).await;
+                continue;
+            }
+        };
+        while let Some(event) = events.recv().await {
+            let had_own = table.own().is_some();
+            let changed = table.apply(event);
+            if had_own && table.own().is_none() {
+                let _ = revoked.try_send(());
+            }
+            if !changed && peers.borrow().in_sync {
+                continue;
+            }
+            let (forwarding, skipped) = vxlan::forwarding_table(&table);
+            let skipped: BTreeMap<SubnetKey, String> = skipped
+                .into_iter()
+                .map(|lease| (lease.key, lease.reason.to_string()))
+                .collect();
+            for (key, reason) in skipped
+                .iter()
+                .filter(|(key, reason)| said_skipped.get(*key) != Some(*reason))
+            {
+                warn!(subnet = %key, reason, "lease left out");
+            }
+            said_skipped = skipped;
+            peers.send_modify(|peers| {
+                peers.table = Arc::new(forwarding);
+                peers.in_sync = true;
+                peers.lease_expires = own.borrow().expires;
+            });
+        }
+        warn!("the watch on leases ended; starting it again");
+        peers.send_modify(|peers| peers.in_sync = false);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tunnel_takes_fifty_bytes_of_the_link() {
+        assert_eq!(device_mtu(None, 1500).expect("fits"), 1450);
+        assert_eq!(device_mtu(Some(1400), 1500).expect("fits"), 1350);
+    }
+
+    #[test]
+    fn an_mtu_that_cannot_be_is_refused_by_name() {
+        let too_large = device_mtu(Some(9000), 1500)
+            .expect_err("larger than the link")
+            .to_string();
+        assert!(
+            too_large.contains("9000") && too_large.contains("1500"),
+            "{too_large}"
+        );
+        assert!(device_mtu(Some(60), 1500).is_err());
+    }
+}

@@ -1,0 +1,244 @@
+//! The live switch between the two datapaths.
+//!
+//! The kernel path is complete in both; the switch only decides whether the
+//! programs sit above it. What an operator chose at run time is remembered
+//! beside the control socket and survives a restart of the agent, until the
+//! `--datapath` flag is changed or the machine reboots.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use tracing::{error, info, warn};
+
+use super::ebpf::{EbpfDatapath, EbpfOptions, SyncReport, Wanted};
+use crate::observe::status::Mode;
+
+/// Which datapath is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Preference {
+    /// eBPF where this kernel can, else the kernel path.
+    Auto,
+    /// eBPF; where it cannot be, the kernel path with an error.
+    Ebpf,
+    /// The kernel path only.
+    Netlink,
+}
+
+impl Preference {
+    const fn word(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Ebpf => "ebpf",
+            Self::Netlink => "netlink",
+        }
+    }
+
+    fn from_word(word: &str) -> Option<Self> {
+        [Self::Auto, Self::Ebpf, Self::Netlink]
+            .into_iter()
+            .find(|one| one.word() == word)
+    }
+}
+
+/// The eBPF datapath, on or off, and why.
+pub struct Switch {
+    options: EbpfOptions,
+    flag: Preference,
+    preference: Preference,
+    memory: PathBuf,
+    ebpf: Option<EbpfDatapath>,
+    reason: String,
+    /// Opening failed, and trying again by itself would change nothing.
+    given_up: bool,
+}
+
+impl Switch {
+    /// A switch that has touched nothing yet. `flag` is `--datapath`, `memory`
+    /// the file that remembers an operator's choice.
+    #[must_use]
+    pub fn new(options: EbpfOptions, flag: Preference, memory: PathBuf) -> Self {
+        let (preference, reason) = match remembered(&memory, flag) {
+            Some(chosen) => (chosen, format!("an operator chose {}", chosen.word())),
+            None => (flag, format!("--datapath {}", flag.word())),
+        };
+        Self {
+            options,
+            flag,
+            preference,
+            memory,
+            ebpf: None,
+            reason,
+            given_up: false,
+        }
+    }
+
+    /// The datapath in force.
+    #[must_use]
+    pub fn mode(&self) -> Mode {
+        if self.ebpf.is_some() {
+            Mode::Ebpf
+        } else {
+            Mode::Netlink
+        }
+    }
+
+    /// Why, in a sentence.
+    #[must_use]
+    pub fn reason(&self) -> &str {
+        &self.reason
+    }
+
+    /// The programs, while they are on.
+    #[must_use]
+    pub fn ebpf(&self) -> Option<&EbpfDatapath> {
+        self.ebpf.as_ref()
+    }
+
+    /// Would eBPF be on if it could? Then it is worth knowing pods and next hops.
+    #[must_use]
+    pub fn wants_ebpf(&self) -> bool {
+        self.preference != Preference::Netlink && !self.given_up
+    }
+
+    /// An operator's choice; takes effect with the next [`Switch::apply`].
+    pub fn choose(&mut self, preference: Preference) {
+        self.preference = preference;
+        self.given_up = false;
+        self.reason = format!("an operator chose {}", preference.word());
+        if let Err(error) = remember(&self.memory, preference, self.flag) {
+            warn!(path = %self.memory.display(), %error, "the choice will not survive a restart");
+        }
+    }
+
+    /// Brings the programs in line: on, filled and attached, or off without a trace.
+    pub fn apply(&mut self, wanted: &Wanted) {
+        if !self.wants_ebpf() {
+            self.turn_off();
+            return;
+        }
+        let fresh = self.ebpf.is_none();
+        let outcome = match self.ebpf.take() {
+            Some(open) => Ok(open),
+            None => EbpfDatapath::open(&self.options),
+        };
+        let outcome = outcome.and_then(|mut ebpf| {
+            let report = ebpf.sync(wanted)?;
+            Ok((ebpf, report))
+        });
+        match outcome {
+            Ok((ebpf, report)) => {
+                self.ebpf = Some(ebpf);
+                self.settle(fresh, &report);
+            }
+            Err(cause) => {
+                // Programs with tables that are not right must not stay: the kernel path is complete.
+                error!(
+                    error = &cause as &dyn std::error::Error,
+                    "no eBPF datapath: pod traffic takes the kernel path"
+                );
+                self.reason = format!("no eBPF: {:#}", anyhow::Error::from(cause));
+                self.given_up = true;
+                self.clear();
+            }
+        }
+    }
+
+    fn settle(&mut self, fresh: bool, report: &SyncReport) {
+        for failure in &report.failures {
+            warn!(
+                error = failure as &dyn std::error::Error,
+                "packets there take the kernel path"
+            );
+        }
+        if fresh {
+            if self.preference == Preference::Auto {
+                self.reason = "this kernel runs the programs".to_owned();
+            }
+            info!(
+                attached = report.attached,
+                reason = self.reason,
+                "eBPF datapath on"
+            );
+        }
+    }
+
+    fn turn_off(&mut self) {
+        if let Some(ebpf) = self.ebpf.take() {
+            match ebpf.close() {
+                Ok(()) => info!(
+                    reason = self.reason,
+                    "eBPF datapath off: pod traffic takes the kernel path"
+                ),
+                Err(cause) => warn!(
+                    error = &cause as &dyn std::error::Error,
+                    "programs are off, pins remain"
+                ),
+            }
+        }
+    }
+
+    /// Removes what an earlier agent left attached; for starts in netlink mode.
+    pub fn clear(&self) {
+        if let Err(cause) = EbpfDatapath::clear(&self.options) {
+            warn!(
+                error = &cause as &dyn std::error::Error,
+                "cannot remove what an earlier agent pinned"
+            );
+        }
+    }
+}
+
+fn remembered(path: &Path, flag: Preference) -> Option<Preference> {
+    let text = fs::read_to_string(path).ok()?;
+    let mut words = text.split_whitespace();
+    let (chosen, under) = (words.next()?, words.next()?);
+    (under == flag.word())
+        .then(|| Preference::from_word(chosen))
+        .flatten()
+}
+
+fn remember(path: &Path, chosen: Preference, flag: Preference) -> io::Result<()> {
+    if chosen == flag {
+        return match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        };
+    }
+    fs::write(path, format!("{} {}\n", chosen.word(), flag.word()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_choice_is_remembered_until_the_flag_changes() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("mode");
+        assert_eq!(remembered(&path, Preference::Auto), None);
+        remember(&path, Preference::Netlink, Preference::Auto).expect("written");
+        assert_eq!(
+            remembered(&path, Preference::Auto),
+            Some(Preference::Netlink)
+        );
+        assert_eq!(
+            remembered(&path, Preference::Ebpf),
+            None,
+            "the flag was changed since"
+        );
+        remember(&path, Preference::Auto, Preference::Auto).expect("removed");
+        assert_eq!(remembered(&path, Preference::Auto), None);
+    }
+
+    #[test]
+    fn a_torn_memory_is_no_memory() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("mode");
+        for text in ["", "netlink", "sideways auto"] {
+            fs::write(&path, text).expect("written");
+            assert_eq!(remembered(&path, Preference::Auto), None, "{text:?}");
+        }
+    }
+}

@@ -1,0 +1,613 @@
+//! The loop that keeps the kernel as it should be: the only caller of a datapath.
+//!
+//! Wanted state arrives by a watch channel, where the latest wins: states in
+//! between may be skipped, the last one is always applied. Kernel events, the
+//! control socket and a slow timer only wake the loop.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use flannel_ebpf::layout::{MODE_KERNEL, MODE_VXLAN, RemoteSubnet};
+use ipnet::Ipv4Net;
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::{Instant, MissedTickBehavior},
+};
+use tracing::{debug, info, warn};
+
+use crate::{
+    control::{Answer, Call, Request},
+    datapath::{
+        ebpf::Wanted,
+        kernel_events::KernelEvent,
+        netlink::{Device, NetlinkDatapath, Pass, Rtnl},
+        next_hop,
+        node_config::{self, KernelSettings, NodeFacts},
+        pods::{self, Ambiguous, Pod},
+        switch::{Preference, Switch},
+    },
+    forwarding::{ForwardingTable, Via},
+    network::FastPath,
+    observe::status::{
+        CounterStatus, KernelStatus, NodeStatus, PeerStatus, PodStatus, SourceStatus, Status,
+    },
+    uplink::Uplink,
+};
+
+/// Everything is looked at again this often even when nothing happens.
+const SLOW_CHECK: Duration = Duration::from_secs(10);
+/// Kernel events come in bursts; the loop lets one settle for this long.
+const BURST: Duration = Duration::from_millis(10);
+
+/// The wanted state, from the leases.
+#[derive(Debug, Clone, Default)]
+pub struct Peers {
+    /// The way to each peer.
+    pub table: Arc<ForwardingTable>,
+    /// A snapshot has been applied and the source has no known fault.
+    pub in_sync: bool,
+    /// End of the own lease; `None` for a reservation.
+    pub lease_expires: Option<SystemTime>,
+}
+
+/// What does not change while the agent lives.
+#[derive(Debug, Clone)]
+pub struct NodeSetup {
+    /// The chosen uplink and the published address.
+    pub uplink: Uplink,
+    /// The own pod subnet.
+    pub subnet: Ipv4Net,
+    /// All pod subnets.
+    pub network: Ipv4Net,
+    /// VXLAN network identifier.
+    pub vni: u32,
+    /// UDP port; `None` for the kernel's default.
+    pub port: Option<u16>,
+    /// Which packets the programs may take.
+    pub fast_path: FastPath,
+    /// `--forged-vxlan drop`.
+    pub drop_forged: bool,
+    /// Name of the lease source.
+    pub source: String,
+}
+
+/// What has to be looked at again.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Dirty {
+    kernel: bool,
+    pods: bool,
+    next_hops: bool,
+}
+
+impl Dirty {
+    const ALL: Self = Self {
+        kernel: true,
+        pods: true,
+        next_hops: true,
+    };
+
+    fn any(self) -> bool {
+        self.kernel || self.pods || self.next_hops
+    }
+
+    fn and(self, other: Self) -> Self {
+        Self {
+            kernel: self.kernel || other.kernel,
+            pods: self.pods || other.pods,
+            next_hops: self.next_hops || other.next_hops,
+        }
+    }
+}
+
+/// Which parts an event concerns; `own` is the port of the kernel datapath's socket.
+fn concerns(event: &KernelEvent, device: u32, own: u32) -> Dirty {
+    let Some(origin) = event.origin() else {
+        return Dirty::ALL;
+    };
+    if origin.port == own {
+        return Dirty::default();
+    }
+    let here = origin.namespace.is_none();
+    match *event {
+        // A pod's own link and addresses live in another namespace.
+        KernelEvent::Links { .. } | KernelEvent::Addresses { .. } if !here => Dirty {
+            pods: true,
+            ..Dirty::default()
+        },
+        KernelEvent::Links { index, .. } | KernelEvent::Addresses { index, .. } => Dirty {
+            kernel: index == device,
+            pods: true,
+            next_hops: true,
+        },
+        KernelEvent::Routes { .. } if here => Dirty::ALL,
+        KernelEvent::Neighbours { index, .. } if here && index == device => Dirty {
+            kernel: true,
+            ..Dirty::default()
+        },
+        _ => Dirty::default(),
+    }
+}
+
+/// Is this event worth waking the loop at all? Neighbours elsewhere come and go all the time.
+#[must_use]
+pub fn is_relevant(event: &KernelEvent) -> bool {
+    match event {
+        KernelEvent::Neighbours { origin, .. } | KernelEvent::Routes { origin, .. } => {
+            origin.namespace.is_none()
+        }
+        _ => true,
+    }
+}
+
+/// The loop's state.
+pub struct Reconciler {
+    setup: NodeSetup,
+    rtnl: Rtnl,
+    netlink: NetlinkDatapath,
+    device: Device,
+    switch: Switch,
+    peers: Peers,
+    pods: Vec<Pod>,
+    ambiguous: Vec<Ambiguous>,
+    next_hops: BTreeMap<Ipv4Addr, Ipv4Addr>,
+    /// No route has changed since `next_hops` was made.
+    routes_settled: bool,
+    kernel: KernelStatus,
+}
+
+/// What wakes the loop.
+pub struct Inputs {
+    /// The wanted state; the loop does nothing before the first `in_sync`.
+    pub peers: watch::Receiver<Peers>,
+    /// Kernel events.
+    pub events: mpsc::Receiver<KernelEvent>,
+    /// The control socket.
+    pub calls: mpsc::Receiver<Call>,
+    /// Told once when the first snapshot is in the kernel.
+    pub ready: oneshot::Sender<()>,
+}
+
+impl Reconciler {
+    /// A loop over a device that exists already.
+    #[must_use]
+    pub fn new(
+        setup: NodeSetup,
+        rtnl: Rtnl,
+        netlink: NetlinkDatapath,
+        device: Device,
+        switch: Switch,
+    ) -> Self {
+        Self {
+            setup,
+            rtnl,
+            netlink,
+            device,
+            switch,
+            peers: Peers::default(),
+            pods: Vec::new(),
+            ambiguous: Vec::new(),
+            next_hops: BTreeMap::new(),
+            routes_settled: false,
+            kernel: KernelStatus::default(),
+        }
+    }
+
+    /// Runs until the sender of the wanted state is gone. Everything stays in
+    /// the kernel as it is then.
+    pub async fn run(mut self, inputs: Inputs) {
+        let Inputs {
+            mut peers,
+            mut events,
+            mut calls,
+            ready,
+        } = inputs;
+        let mut ready = Some(ready);
+        let mut tick = tokio::time::interval_at(Instant::now() + SLOW_CHECK, SLOW_CHECK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let mut dirty = Dirty::default();
+            tokio::select! {
+                biased;
+                call = calls.recv() => match call {
+                    Some((request, answer)) => {
+                        let _ = answer.send(self.answer(request).await);
+                    }
+                    None => return,
+                },
+                changed = peers.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    self.peers = peers.borrow_and_update().clone();
+                    dirty = Dirty { kernel: true, pods: ready.is_some(), next_hops: true };
+                }
+                event = events.recv() => match event {
+                    Some(event) => {
+                        dirty = self.affected(&event);
+                        if dirty.any() {
+                            tokio::time::sleep(BURST).await;
+                        }
+                        while let Ok(event) = events.try_recv() {
+                            dirty = dirty.and(self.affected(&event));
+                        }
+                    }
+                    None => {
+                        warn!("kernel events ended: relying on the slow check");
+                        events = mpsc::channel(1).1;
+                        std::future::pending::<()>().await;
+                    }
+                },
+                _ = tick.tick() => {
+                    self.routes_settled = false;
+                    dirty = Dirty::ALL;
+                }
+            }
+            if dirty.any() && (self.peers.in_sync || ready.is_none()) {
+                self.pass(dirty).await;
+                if let Some(ready) = ready.take() {
+                    let _ = ready.send(());
+                }
+            }
+        }
+    }
+
+    /// Which parts an event concerns.
+    fn affected(&mut self, event: &KernelEvent) -> Dirty {
+        let dirty = concerns(event, self.device.index, self.netlink.port());
+        if dirty.next_hops {
+            self.routes_settled = false;
+        }
+        dirty
+    }
+
+    /// Brings the kernel in line with what is wanted, kernel path first.
+    async fn pass(&mut self, dirty: Dirty) {
+        if dirty.kernel {
+            let table = Arc::clone(&self.peers.table);
+            let pass = self.netlink.reconcile(&table).await;
+            self.note(&pass);
+        }
+        if self.switch.wants_ebpf() {
+            if dirty.pods {
+                self.find_pods().await;
+            }
+            if dirty.next_hops {
+                self.find_next_hops().await;
+            }
+        }
+        let wanted = self.wanted();
+        self.switch.apply(&wanted);
+    }
+
+    fn note(&mut self, pass: &Pass) {
+        if let Some(device) = &pass.device {
+            self.device = device.clone();
+        }
+        self.kernel.repairs += pass.repaired as u64;
+        if pass.repaired > 0 {
+            warn!(
+                count = pass.repaired,
+                "something else had changed the kernel path: put back"
+            );
+        }
+        let errors: Vec<String> = pass
+            .errors
+            .iter()
+            .map(|error| format!("{error:#}"))
+            .collect();
+        let last_error = (!errors.is_empty()).then(|| errors.join("; "));
+        if last_error != self.kernel.last_error {
+            match &last_error {
+                Some(errors) => warn!(errors, "the kernel path is not complete; trying on"),
+                None => info!("the kernel path is complete again"),
+            }
+        }
+        self.kernel.last_error = last_error;
+    }
+
+    async fn find_pods(&mut self) {
+        match pods::discover(&mut self.rtnl, self.setup.subnet).await {
+            Ok(found) => {
+                for claim in found
+                    .ambiguous
+                    .iter()
+                    .filter(|claim| !self.ambiguous.contains(claim))
+                {
+                    let interfaces = claim.interfaces.join(", ");
+                    warn!(address = %claim.address, interfaces, "claimed more than once: the kernel forwards it");
+                }
+                self.ambiguous = found.ambiguous;
+                if self.pods.len() != found.pods.len() {
+                    debug!(pods = found.pods.len(), "pods on this node");
+                }
+                self.pods = found.pods;
+            }
+            // Better the pods known so far than none.
+            Err(error) => warn!(
+                error = &error as &dyn std::error::Error,
+                "cannot look for pods"
+            ),
+        }
+    }
+
+    /// Resolves every node anew after routes changed, and only new ones otherwise.
+    async fn find_next_hops(&mut self) {
+        let nodes: BTreeSet<Ipv4Addr> = self
+            .peers
+            .table
+            .0
+            .values()
+            .map(|Via::Vxlan { node, .. }| *node)
+            .collect();
+        self.next_hops.retain(|node, _| nodes.contains(node));
+        for node in nodes {
+            if self.routes_settled && self.next_hops.contains_key(&node) {
+                continue;
+            }
+            match next_hop::resolve(&mut self.rtnl, self.setup.uplink.index, node).await {
+                Ok(Some(hop)) => {
+                    self.next_hops.insert(node, hop);
+                }
+                Ok(None) => {
+                    if self.next_hops.remove(&node).is_some() {
+                        warn!(%node, "no route by the uplink any more: the kernel path decides");
+                    }
+                }
+                Err(error) => {
+                    warn!(%node, error = &error as &dyn std::error::Error, "cannot look up the route");
+                    self.next_hops.remove(&node);
+                }
+            }
+        }
+        self.routes_settled = true;
+    }
+
+    fn wanted(&self) -> Wanted {
+        let facts = NodeFacts {
+            uplink: self.setup.uplink.index,
+            vni: self.setup.vni,
+            port: self.setup.port,
+            pod_mtu: self.device.mtu,
+            vtep_addr: self.setup.uplink.public_ip,
+            vtep_mac: self.device.mac,
+            fast_path: self.setup.fast_path,
+            drop_forged: self.setup.drop_forged && self.peers.in_sync,
+        };
+        let remotes = self
+            .peers
+            .table
+            .0
+            .iter()
+            .map(|(subnet, Via::Vxlan { node, vtep_mac })| {
+                let next_hop = self.next_hops.get(node);
+                let remote = RemoteSubnet {
+                    node: node.octets(),
+                    next_hop: next_hop.copied().unwrap_or(Ipv4Addr::UNSPECIFIED).octets(),
+                    vni: self.setup.vni,
+                    vtep_mac: vtep_mac.0,
+                    mode: if next_hop.is_some() {
+                        MODE_VXLAN
+                    } else {
+                        MODE_KERNEL
+                    },
+                    _pad: 0,
+                };
+                (*subnet, remote)
+            });
+        Wanted {
+            node: node_config::compose(&facts, &KernelSettings::read()),
+            uplink: self.setup.uplink.name.clone(),
+            remotes: remotes.collect(),
+            pods: self.pods.clone(),
+        }
+    }
+
+    async fn answer(&mut self, request: Request) -> Answer {
+        match request {
+            Request::Status => Answer::Ok(Box::new(self.status())),
+            Request::Mode { datapath } => {
+                let preference = match <Preference as clap::ValueEnum>::from_str(&datapath, false) {
+                    Ok(preference) => preference,
+                    Err(_) => {
+                        return Answer::Error(format!(
+                            "{datapath:?} is no datapath: expected auto, ebpf or netlink"
+                        ));
+                    }
+                };
+                self.switch.choose(preference);
+                if self.peers.in_sync {
+                    self.pass(Dirty {
+                        kernel: false,
+                        ..Dirty::ALL
+                    })
+                    .await;
+                }
+                Answer::Ok(Box::new(self.status()))
+            }
+        }
+    }
+
+    fn status(&self) -> Status {
+        let ebpf = self.switch.ebpf();
+        let counters = ebpf
+            .map(|ebpf| ebpf.counters())
+            .transpose()
+            .unwrap_or_else(|error| {
+                warn!(error = &error as &dyn std::error::Error, "no counters");
+                None
+            });
+        let peers = self
+            .peers
+            .table
+            .0
+            .iter()
+            .map(|(subnet, Via::Vxlan { node, vtep_mac })| PeerStatus {
+                subnet: *subnet,
+                node: *node,
+                vtep_mac: vtep_mac.to_string(),
+                next_hop: self.next_hops.get(node).copied(),
+            });
+        let pods = self.pods.iter().map(|pod| PodStatus {
+            address: pod.address,
+            interface: pod.interface.clone(),
+            attached: ebpf.is_some_and(|ebpf| ebpf.is_attached(pod.ifindex)),
+        });
+        let counters = counters
+            .unwrap_or_default()
+            .into_iter()
+            .map(|(reason, tally)| CounterStatus {
+                reason: reason.label().to_owned(),
+                direction: reason.direction().label().to_owned(),
+                action: reason.action().label().to_owned(),
+                packets: tally.packets,
+                bytes: tally.bytes,
+                text: reason.text().to_owned(),
+            });
+        let expires = self
+            .peers
+            .lease_expires
+            .and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok());
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            mode: self.switch.mode(),
+            mode_reason: self.switch.reason().to_owned(),
+            fast_path: self.setup.fast_path,
+            node: NodeStatus {
+                subnet: self.setup.subnet,
+                network: self.setup.network,
+                public_ip: self.setup.uplink.public_ip,
+                uplink: self.setup.uplink.name.clone(),
+                device: self.device.name.clone(),
+                vtep_mac: self.device.mac.to_string(),
+                mtu: self.device.mtu,
+            },
+            source: SourceStatus {
+                source: self.setup.source.clone(),
+                in_sync: self.peers.in_sync,
+                lease_expires: expires.map(|expires| expires.as_secs()),
+            },
+            peers: peers.collect(),
+            pods: pods.collect(),
+            counters: counters.collect(),
+            kernel: self.kernel.clone(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::datapath::kernel_events::Origin;
+
+    const DEVICE: u32 = 7;
+    const OWN: u32 = 4242;
+    const HERE: Origin = Origin {
+        namespace: None,
+        port: 1,
+    };
+    const POD: Origin = Origin {
+        namespace: Some(3),
+        port: 1,
+    };
+
+    #[test]
+    fn each_event_wakes_what_it_concerns() {
+        let pods = Dirty {
+            pods: true,
+            ..Dirty::default()
+        };
+        let kernel = Dirty {
+            kernel: true,
+            ..Dirty::default()
+        };
+        let rows = [
+            (KernelEvent::Overrun, Dirty::ALL),
+            (
+                KernelEvent::Links {
+                    origin: HERE,
+                    index: DEVICE,
+                    removed: true,
+                },
+                Dirty::ALL,
+            ),
+            (
+                KernelEvent::Links {
+                    origin: HERE,
+                    index: 9,
+                    removed: false,
+                },
+                Dirty {
+                    kernel: false,
+                    ..Dirty::ALL
+                },
+            ),
+            (
+                KernelEvent::Addresses {
+                    origin: POD,
+                    index: 2,
+                    removed: false,
+                },
+                pods,
+            ),
+            (
+                KernelEvent::Routes {
+                    origin: HERE,
+                    index: None,
+                    table: 254,
+                    removed: true,
+                },
+                Dirty::ALL,
+            ),
+            (
+                KernelEvent::Routes {
+                    origin: POD,
+                    index: None,
+                    table: 254,
+                    removed: true,
+                },
+                Dirty::default(),
+            ),
+            (
+                KernelEvent::Neighbours {
+                    origin: HERE,
+                    index: DEVICE,
+                    fdb: true,
+                    removed: true,
+                },
+                kernel,
+            ),
+            (
+                KernelEvent::Neighbours {
+                    origin: HERE,
+                    index: 9,
+                    fdb: false,
+                    removed: false,
+                },
+                Dirty::default(),
+            ),
+        ];
+        for (event, expected) in rows {
+            assert_eq!(concerns(&event, DEVICE, OWN), expected, "{event:?}");
+        }
+    }
+
+    #[test]
+    fn our_own_changes_wake_nothing() {
+        let origin = Origin {
+            namespace: None,
+            port: OWN,
+        };
+        let event = KernelEvent::Routes {
+            origin,
+            index: Some(DEVICE),
+            table: 254,
+            removed: false,
+        };
+        assert_eq!(concerns(&event, DEVICE, OWN), Dirty::default());
+    }
+}

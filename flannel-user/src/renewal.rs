@@ -1,0 +1,123 @@
+//! Keeping the own lease: renewed in time, taken again when somebody removed it.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use tokio::sync::{mpsc, watch};
+use tracing::{debug, error, info};
+
+use crate::{lease::Lease, source::LeaseSource};
+
+/// Pause after a failed renewal (contract section 6.4).
+const RETRY: Duration = Duration::from_secs(60);
+/// Pause after a failed attempt to take a removed lease again: peers have
+/// withdrawn their routes, so every second counts.
+const RETAKE_RETRY: Duration = Duration::from_secs(1);
+/// A reservation never ends; it is looked at once a day all the same.
+const RESERVATION_CHECK: Duration = Duration::from_secs(24 * 3600);
+
+/// Renews the lease in `own` for ever, `margin` before each end, and at once
+/// whenever `revoked` says that it is gone from the registry.
+pub async fn keep(
+    source: Arc<dyn LeaseSource>,
+    own: watch::Sender<Lease>,
+    mut revoked: mpsc::Receiver<()>,
+    margin: Duration,
+) {
+    let mut pause = until_renewal(&own.borrow(), margin, SystemTime::now());
+    loop {
+        let taken_away = tokio::select! {
+            () = tokio::time::sleep(pause) => false,
+            said = revoked.recv() => match said {
+                Some(()) => { error!(subnet = %own.borrow().key.v4, "the own lease was removed from the registry: taking it again"); true }
+                // Nobody watches: renewing by the clock goes on.
+                None => { tokio::time::sleep(pause).await; false }
+            },
+        };
+        let lease = own.borrow().clone();
+        match source.renew(&lease).await {
+            Ok(renewed) => {
+                if taken_away {
+                    info!(subnet = %renewed.key.v4, "lease taken again");
+                } else {
+                    debug!(subnet = %renewed.key.v4, "lease renewed");
+                }
+                pause = until_renewal(&renewed, margin, SystemTime::now());
+                own.send_replace(renewed);
+            }
+            Err(cause) => {
+                error!(subnet = %lease.key.v4, error = %cause, "cannot renew the lease; trying again");
+                pause = if taken_away || has_ended(&lease) {
+                    RETAKE_RETRY
+                } else {
+                    RETRY
+                };
+            }
+        }
+    }
+}
+
+fn has_ended(lease: &Lease) -> bool {
+    lease.expires.is_some_and(|end| end <= SystemTime::now())
+}
+
+/// Time from `now` to the moment of renewal. A margin longer than the lease
+/// itself means halfway to its end.
+fn until_renewal(lease: &Lease, margin: Duration, now: SystemTime) -> Duration {
+    let Some(end) = lease.expires else {
+        return RESERVATION_CHECK;
+    };
+    let left = end.duration_since(now).unwrap_or_default();
+    left.checked_sub(margin).unwrap_or(left / 2)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lease::LeaseAttributes;
+
+    fn lease(left: Option<Duration>, now: SystemTime) -> Lease {
+        Lease {
+            key: "10.1.2.0-24".parse().expect("a key"),
+            attributes: LeaseAttributes::plain([192, 0, 2, 1].into()),
+            expires: left.map(|left| now + left),
+        }
+    }
+
+    #[test]
+    fn renewal_comes_a_margin_before_the_end() {
+        let now = SystemTime::now();
+        let hours = |hours: u64| Duration::from_secs(hours * 3600);
+        for (left, margin, expected) in [
+            (Some(hours(24)), hours(1), hours(23)),
+            (Some(hours(1)), hours(1), hours(0)),
+            (
+                Some(Duration::from_secs(10)),
+                hours(1),
+                Duration::from_secs(5),
+            ),
+            (None, hours(1), RESERVATION_CHECK),
+        ] {
+            assert_eq!(
+                until_renewal(&lease(left, now), margin, now),
+                expected,
+                "{left:?} left"
+            );
+        }
+    }
+
+    #[test]
+    fn a_lease_that_has_ended_is_renewed_at_once() {
+        let now = SystemTime::now();
+        let past = Lease {
+            expires: Some(now - Duration::from_secs(5)),
+            ..lease(None, now)
+        };
+        assert_eq!(
+            until_renewal(&past, Duration::from_secs(60), now),
+            Duration::ZERO
+        );
+    }
+}
