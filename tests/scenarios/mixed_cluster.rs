@@ -1,7 +1,7 @@
 //! A roll-out takes time: nodes that still run the original flannel are full
 //! members of the cluster.
 
-use anyhow::{Result, ensure};
+use anyhow::ensure;
 use flannel_user::observe::status::Mode::{self, Ebpf, Netlink};
 use lab::{
     agent::{Agent, AgentOptions},

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::ensure;
 use flannel_user::observe::status::Mode::{Ebpf, Netlink};
 use lab::{
     cluster::{Cluster, path_of},

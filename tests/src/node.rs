@@ -262,7 +262,8 @@ impl Node {
         Ok(())
     }
 
-    /// Waits until the agent knows `pod` and, in ebpf mode, has a program on its veth.
+    /// Waits until an agent in ebpf mode has a program on the veth of `pod`; in
+    /// netlink mode it has no use for pods and does not list them.
     ///
     /// # Errors
     /// When that does not happen within five seconds.
@@ -270,9 +271,9 @@ impl Node {
         let what = format!("{} knows pod {}", self.name(), pod.address());
         wait::until_true(&what, Duration::from_secs(5), || {
             let status = self.status()?;
-            Ok(status.pods.iter().any(|row| {
-                row.address == pod.address() && (row.attached || status.mode == Mode::Netlink)
-            }))
+            let mut pods = status.pods.iter();
+            Ok(status.mode == Mode::Netlink
+                || pods.any(|row| row.address == pod.address() && row.attached))
         })
     }
 }

@@ -191,6 +191,8 @@ pub fn send(args: &SendArgs) -> Result<SendReport> {
     let mut report = SendReport::default();
     let start = Instant::now();
     let mut number = 0;
+    // A missing route would be reported for ever.
+    let mut patience = args.count + 10;
     while number < args.count {
         let due = start + Duration::from_secs_f64(number as f64 / f64::from(args.rate));
         if let Some(early) = due.checked_duration_since(Instant::now()) {
@@ -205,8 +207,11 @@ pub fn send(args: &SendArgs) -> Result<SendReport> {
             Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {
                 report.too_long += at_once;
             }
-            // With IP_RECVERR an earlier datagram's answer is reported here once.
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => continue,
+            // With IP_RECVERR the answer to an earlier datagram is reported here, once.
+            Err(error) if is_answer_to_earlier(&error) && patience > 0 => {
+                patience -= 1;
+                continue;
+            }
             Err(error) => bail!("cannot send: {error}"),
         }
         number += at_once;
@@ -218,6 +223,14 @@ pub fn send(args: &SendArgs) -> Result<SendReport> {
         listen_for_complaints(&sender, &mut report, COMPLAINTS)?;
     }
     Ok(report)
+}
+
+/// Time exceeded, port or host unreachable: what became of a datagram long sent.
+fn is_answer_to_earlier(error: &std::io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EHOSTUNREACH | libc::ECONNREFUSED | libc::ENETUNREACH)
+    )
 }
 
 fn listen_for_complaints(
