@@ -19,6 +19,7 @@ mod attach;
 mod object;
 mod pins;
 mod tables;
+mod trace;
 
 use std::{collections::BTreeMap, path::PathBuf};
 
@@ -132,6 +133,7 @@ pub struct EbpfDatapath {
     tables: MapTables,
     attachments: Attachments,
     pins: PinDir,
+    _trace: Option<trace::Trace>,
 }
 
 impl EbpfDatapath {
@@ -143,6 +145,7 @@ impl EbpfDatapath {
     pub fn open(options: &EbpfOptions) -> Result<Self, EbpfError> {
         let pins = PinDir::prepare(options)?;
         let mut programs = Programs::load(Some(&pins.maps()))?;
+        let trace = trace::follow(&mut programs);
         let tables = MapTables::open(&mut programs)?;
         let attachments = Attachments::new(options.attach, options.vni);
         Ok(Self {
@@ -150,6 +153,7 @@ impl EbpfDatapath {
             tables,
             attachments,
             pins,
+            _trace: trace,
         })
     }
 
@@ -201,6 +205,7 @@ impl EbpfDatapath {
             tables,
             attachments,
             pins,
+            _trace,
         } = self;
         attachments.detach_all(&pins);
         drop((programs, tables));
