@@ -159,12 +159,12 @@ impl EbpfDatapath {
 
     /// Fills the maps, then attaches what is missing, then withdraws what is
     /// not wanted any more. A pass without differences makes no system call
-    /// for the maps.
+    /// for the maps. A `thorough` pass also finds programs that something else detached.
     ///
     /// # Errors
     /// A map could not be written. A program that cannot be attached is
     /// reported instead: other pods keep theirs.
-    pub fn sync(&mut self, wanted: &Wanted) -> Result<SyncReport, EbpfError> {
+    pub fn sync(&mut self, wanted: &Wanted, thorough: bool) -> Result<SyncReport, EbpfError> {
         let pods: BTreeMap<[u8; 4], LocalPod> = wanted
             .pods
             .iter()
@@ -173,7 +173,7 @@ impl EbpfDatapath {
         self.tables.fill(&wanted.node, &wanted.remotes, &pods)?;
         let report = self
             .attachments
-            .sync(&mut self.programs, &self.pins, wanted);
+            .sync(&mut self.programs, &self.pins, wanted, thorough);
         if report.failures.is_empty() {
             self.pins.forget_other_layouts()?;
         }
