@@ -11,6 +11,7 @@
 //! with the lab, so nothing stays behind, however the lab ends.
 
 pub mod agent;
+pub mod bench;
 pub mod binaries;
 pub mod capture;
 pub mod cluster;

@@ -3,6 +3,7 @@
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use lab::{
+    bench,
     lab::Lab,
     namespace::{self, Kind},
     original,
@@ -37,6 +38,8 @@ enum Command {
         #[arg(long, default_value_t = 1)]
         pods: u8,
     },
+    /// Compare the paths by what a request and its response cost.
+    Bench(bench::BenchArgs),
     #[command(flatten)]
     Tool(Tool),
 }
@@ -46,6 +49,7 @@ fn main() -> Result<()> {
         Command::Hold { mounts, name: _ } => {
             namespace::hold(if mounts { Kind::Node } else { Kind::Network })
         }
+        Command::Bench(args) => bench::run(&args),
         Command::Up { nodes, pods } => up(nodes, pods),
         Command::Tool(tool) => tool.run(),
     }

@@ -25,6 +25,17 @@ pub enum Protocol {
     Udp,
 }
 
+impl Protocol {
+    /// The word on command lines and in tables.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        }
+    }
+}
+
 /// Arguments of the server.
 #[derive(Debug, clap::Args)]
 pub struct ServeArgs {
