@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use flannel_user::observe::status::Mode::{self, Ebpf, Netlink};
 use lab::{
+    agent::{Agent, AgentOptions},
     cluster::{Cluster, path_of},
     exchange::{self, RunningPing},
     load::RATE,
@@ -180,27 +181,36 @@ fn what_a_vanished_peer_left_is_removed_at_start() {
     scenario(2, |lab| {
         let mut cluster = Cluster::start(lab, &[Netlink])?;
         let a = lab[0].clone();
-        let clean = picture(&a)?;
-        cluster.agents.remove(0).kill9()?;
         let namespace = a.namespace();
-        namespace.ip(&format!(
-            "neigh add 10.244.99.0 lladdr 02:00:00:00:00:99 dev {TUNNEL} nud permanent"
-        ))?;
-        namespace.bridge(&format!(
-            "fdb add 02:00:00:00:00:99 dev {TUNNEL} dst 172.18.0.99 self permanent"
-        ))?;
-        namespace.ip(&format!(
-            "route add 10.244.99.0/24 via 10.244.99.0 dev {TUNNEL} onlink"
-        ))?;
-        // Somebody else's route of the pod network is not ours to remove.
-        namespace.ip("route add 10.99.0.0/24 via 172.18.0.2 dev eth0")?;
-        let mut agent = lab::agent::Agent::start(&a, &lab::agent::AgentOptions::in_mode(Netlink))?;
+        let clean = picture(&a)?;
+        // A third node joins, and goes while nobody is there to see it.
+        let lease = a.lease_dir().join("subnets").join("10.244.199.0-24");
+        std::fs::write(
+            &lease,
+            r#"{"PublicIP":"172.18.0.99","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:99"}}"#,
+        )?;
+        cluster.agents[0].wait_for_peers(2)?;
+        cluster.agents.remove(0).kill9()?;
+        std::fs::remove_file(lease)?;
+        let left = picture(&a)?;
+        for trace in [
+            "10.244.199.0/24 via 10.244.199.0 dev flannel.1 onlink",
+            "10.244.199.0 lladdr 02:00:00:00:00:99 PERMANENT",
+            "02:00:00:00:00:99 dst 172.18.0.99 self permanent",
+        ] {
+            ensure!(left.contains(trace), "no {trace:?} in\n{left}");
+        }
+        // Somebody else's route is not ours to remove.
+        let foreign = "10.99.0.0/24 via 172.18.0.2 dev eth0";
+        namespace.ip(&format!("route add {foreign}"))?;
+        let mut agent = Agent::start(&a, &AgentOptions::in_mode(Netlink))?;
         agent.wait_for_peers(1)?;
-        namespace.ip("route del 10.99.0.0/24")?;
+        ensure!(namespace.ip("route show")?.contains(foreign));
+        namespace.ip(&format!("route del {foreign}"))?;
         wait::until_true("the leftovers are gone", Duration::from_secs(5), || {
             Ok(picture(&a)? == clean)
         })
-        .with_context(|| format!("{clean}\n---\n{:?}", picture(&a)))?;
+        .with_context(|| format!("{clean}\n---\n{}", picture(&a).unwrap_or_default()))?;
         exchange::udp_round_trips(&cluster.client, &cluster.server, 100).map(drop)
     });
 }

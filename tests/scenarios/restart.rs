@@ -130,13 +130,14 @@ fn an_agent_with_another_map_layout_takes_over() {
     });
 }
 
-/// Every version's directory below the agent's place in bpffs.
+/// Every layout's directory below the agent's place in bpffs.
 fn pins(node: &Node) -> Result<Vec<String>> {
+    const PLACE: &str = "/sys/fs/bpf/flannel/vni1";
     node.namespace()
         .within(|| -> Result<Vec<String>> {
-            std::fs::read_dir("/sys/fs/bpf/flannel")?
+            std::fs::read_dir(PLACE)?
                 .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
                 .collect()
         })?
-        .context("cannot list /sys/fs/bpf/flannel")
+        .with_context(|| format!("cannot list {PLACE}"))
 }

@@ -5,9 +5,10 @@
 
 use std::net::Ipv4Addr;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 
 use crate::{
+    paths,
     pod::Pod,
     task::Task,
     traffic::{
@@ -186,9 +187,10 @@ impl RunningStream {
 /// When a byte is missing or wrong.
 pub fn stream(from: &Pod, to: &Pod, direction: &str, bytes: u64) -> Result<Stream> {
     let arguments = format!("--direction {direction} --bytes {bytes}");
-    let stream = RunningStream::start(from, to, &arguments)?.result()?;
-    stream.check(bytes)?;
-    Ok(stream)
+    let result = RunningStream::start(from, to, &arguments)?
+        .result()
+        .and_then(|stream| stream.check(bytes).map(|()| stream));
+    explained(result, from, to)
 }
 
 /// Numbered datagrams under way to an echo and back.
@@ -241,6 +243,19 @@ pub fn check_nothing_lost((ping, echo): &(PingReport, EchoReport)) -> Result<()>
     Ok(())
 }
 
+/// Adds both nodes' counters to a failure: they tell where packets stayed.
+fn explained<T>(result: Result<T>, from: &Pod, to: &Pod) -> Result<T> {
+    result.with_context(|| {
+        format!(
+            "{} → {}\n{}\n{}",
+            from.address(),
+            to.address(),
+            paths::describe(from.node()),
+            paths::describe(to.node())
+        )
+    })
+}
+
 /// `count` datagrams of 64 bytes to an echo and back, none of which may be lost.
 ///
 /// # Errors
@@ -248,7 +263,7 @@ pub fn check_nothing_lost((ping, echo): &(PingReport, EchoReport)) -> Result<()>
 pub fn udp_round_trips(from: &Pod, to: &Pod, count: u64) -> Result<PingReport> {
     let ping = RunningPing::with(from, to, &format!("--rate 5000 --count {count}"))?;
     let reports = (ping.client.result()?, ping.server.finish()?);
-    check_nothing_lost(&reports)?;
+    explained(check_nothing_lost(&reports), from, to)?;
     Ok(reports.0)
 }
 
@@ -300,14 +315,15 @@ pub fn datagrams(
         &format!("--size {size} --count {count} {arguments}"),
     )?;
     let received = &all.received;
-    ensure!(
-        all.sent.sent == count
-            && received.received == count
-            && received.corrupt == 0
-            && received.duplicated == 0
-            && received.sizes.get(&size) == Some(&count),
-        "{count} datagrams of {size} bytes were to arrive intact: {all:?}"
-    );
+    let intact = all.sent.sent == count
+        && received.received == count
+        && received.corrupt == 0
+        && received.duplicated == 0
+        && received.sizes.get(&size) == Some(&count);
+    if !intact {
+        let failure = anyhow!("{count} datagrams of {size} bytes were to arrive intact: {all:?}");
+        return explained(Err(failure), from, to);
+    }
     Ok(all)
 }
 

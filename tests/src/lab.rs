@@ -202,5 +202,13 @@ fn wire(underlay: Underlay, nodes: &[Node]) -> Result<Option<Namespace>> {
                 .ip(&format!("route add default via {a}.{b}.{c}.254"))?;
         }
     }
+    for node in nodes {
+        node.namespace().wait_until_up(UPLINK)?;
+    }
+    if let Some(fabric) = &fabric {
+        for index in 0..nodes.len() {
+            fabric.wait_until_up(&format!("port{index}"))?;
+        }
+    }
     Ok(fabric)
 }

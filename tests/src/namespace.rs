@@ -14,12 +14,13 @@ use std::{
     process::{Child, Command, Output, Stdio},
     sync::Arc,
     thread,
+    time::Duration,
 };
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sched::{CloneFlags, setns, unshare};
 
-use crate::{binaries, spawner};
+use crate::{binaries, spawner, wait};
 
 /// What a namespace holds apart from its network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -232,6 +233,21 @@ impl Namespace {
         let output = self.output_with_input(&["ip", "-batch", "-"], lines)?;
         self.checked(&format!("ip -batch:\n{lines}"), &output)?;
         Ok(())
+    }
+
+    /// Waits until an interface carries packets. After a veth's second end is up,
+    /// a kernel worker still has to replace the queue that drops everything.
+    ///
+    /// # Errors
+    /// When that does not happen within five seconds.
+    pub fn wait_until_up(&self, interface: &str) -> Result<()> {
+        let what = format!("{interface} of {} is up", self.name);
+        wait::until_true(&what, Duration::from_secs(5), || {
+            let link = self.ip(&format!("-o link show dev {interface}"))?;
+            Ok(link.contains(" state UP ")
+                && !link.contains(" qdisc noop ")
+                && !link.contains(" state disabled "))
+        })
     }
 
     /// Sets a sysctl by its dotted name (`/` for a dot inside an interface's name).

@@ -129,6 +129,25 @@ impl Node {
     }
 }
 
+/// Every counter of `node` that is not zero, for the message of a failure.
+#[must_use]
+pub fn describe(node: &Node) -> String {
+    let mut text = match Taken::now(node) {
+        Ok(taken) => format!("{}: {taken}", node.name()),
+        Err(error) => return format!("{}: no counters: {error:#}", node.name()),
+    };
+    if let Ok(status) = node.status() {
+        for row in status.counters.iter().filter(|row| row.packets > 0) {
+            text += &format!("\n    {:<22} {:>9}  {}", row.reason, row.packets, row.text);
+        }
+        for pod in &status.pods {
+            let attached = if pod.attached { "" } else { ", no program" };
+            text += &format!("\n    pod {} on {}{attached}", pod.address, pod.interface);
+        }
+    }
+    text
+}
+
 /// The counters of some nodes before the traffic of a scenario.
 #[derive(Debug)]
 pub struct PathWatch(Vec<(Node, Taken)>);

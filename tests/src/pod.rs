@@ -3,6 +3,7 @@
 use std::{
     net::{Ipv4Addr, SocketAddrV4},
     process::Child,
+    time::Duration,
 };
 
 use anyhow::{Result, ensure};
@@ -12,6 +13,7 @@ use crate::{
     namespace::{Kind, Namespace},
     node::{BRIDGE, Node},
     task::Task,
+    wait,
 };
 
 /// How the host side of a pod's veth is connected.
@@ -55,6 +57,11 @@ impl Pod {
             Wiring::Bridged => pod.plug_into_bridge(file.gateway)?,
             Wiring::Routed => pod.route_to(file.gateway.addr())?,
         }
+        pod.namespace.wait_until_up("eth0")?;
+        node.namespace().wait_until_up(veth)?;
+        if wiring == Wiring::Bridged {
+            pod.wait_until_forwarding()?;
+        }
         Ok(pod)
     }
 
@@ -66,6 +73,10 @@ impl Pod {
                  addr add {gateway} brd + dev {BRIDGE}\n\
                  link set {BRIDGE} up\n"
             ))?;
+            // Set to itself, as the CNI plugin does it: else it becomes that of the
+            // lowest port and changes under the pods' neighbour entries.
+            let mac = self.node.mac(BRIDGE)?;
+            node.ip(&format!("link set {BRIDGE} address {mac}"))?;
         }
         node.ip_batch(&format!(
             "link set {veth} master {BRIDGE}\nlink set {veth} up\n"
@@ -76,6 +87,15 @@ impl Pod {
             gateway.prefix_len(),
             gateway.addr()
         ))
+    }
+
+    fn wait_until_forwarding(&self) -> Result<()> {
+        const FORWARDING: &str = "3";
+        let path = format!("/sys/class/net/{}/brport/state", self.interface);
+        let what = format!("{} forwards", self.interface);
+        wait::until_true(&what, Duration::from_secs(5), || {
+            Ok(self.node.namespace().read(&path)?.trim() == FORWARDING)
+        })
     }
 
     fn route_to(&self, gateway: Ipv4Addr) -> Result<()> {
