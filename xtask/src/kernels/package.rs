@@ -65,16 +65,6 @@ pub(super) fn newest(series: &str, cache: &Path) -> Result<Kernel> {
             .arg(kernel.root()),
     )?;
     fs::remove_file(&deb)?;
-    // Not every modprobe reads compressed modules, and the guest starts sooner without.
-    command::run(Command::new("find").arg(kernel.modules()).args([
-        "-name",
-        "*.ko.xz",
-        "-exec",
-        "xz",
-        "--decompress",
-        "{}",
-        "+",
-    ]))?;
     // Comes last: its result tells that the rest is complete.
     let depmod = command::find("depmod").context("depmod is missing: install kmod")?;
     command::output(

@@ -33,12 +33,11 @@ pub(super) const LAB: [Package; 11] = [
 ];
 
 /// What booting a guest kernel uses.
-pub(super) const EMULATOR: [Package; 5] = [
+pub(super) const EMULATOR: [Package; 4] = [
     package("qemu-system-x86", "qemu-system-x86_64"),
     package("busybox-static", "busybox"),
     package("cpio", "cpio"),
     package("kmod", "depmod"),
-    package("xz-utils", "xz"),
 ];
 
 /// Installs what is not there; says which packages.
