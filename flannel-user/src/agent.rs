@@ -324,7 +324,7 @@ async fn network_config(source: &dyn LeaseSource) -> anyhow::Result<NetworkConfi
     loop {
         match source.network_config().await {
             Ok(config) => return Ok(config),
-            Err(SourceError::Fatal(cause)) => return Err(cause.context("network config")),
+            Err(SourceError::Fatal(cause)) => return Err(cause),
             Err(SourceError::Retry(cause)) => {
                 let text = format!("{cause:#}");
                 if text != last_said {

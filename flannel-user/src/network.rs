@@ -85,14 +85,14 @@ pub enum FastPath {
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkConfigError {
     /// Not JSON, or no object; the text has line and column.
-    #[error("the network config is not readable as JSON: {0}")]
-    Json(#[from] serde_json::Error),
+    #[error("it is not readable as JSON: {0}")]
+    Json(serde_json::Error),
     /// A known key holds another type.
-    #[error("bad network config: {0}")]
+    #[error(transparent)]
     WrongType(#[from] WrongType),
     /// A key inside `Backend` holds another type.
-    #[error("bad network config: Backend.{0}")]
-    WrongBackendType(#[source] WrongType),
+    #[error("Backend.{0}")]
+    WrongBackendType(WrongType),
     /// `EnableIPv4` and `EnableIPv6` are both false.
     #[error(
         "the network config enables neither IPv4 nor IPv6; remove \"EnableIPv4\":false or enable one"
@@ -178,6 +178,21 @@ pub enum NetworkConfigError {
     },
 }
 
+impl NetworkConfigError {
+    /// True where flannel leaves with status 1 instead of waiting for a better config: this
+    /// agent cannot run what the cluster runs (contract section 1, steps 7 and 11).
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        matches!(
+            self,
+            Self::NoFamily
+                | Self::NoBackendType
+                | Self::UnknownBackend(_)
+                | Self::NotAvailable { .. }
+        )
+    }
+}
+
 impl NetworkConfig {
     /// True when a lease of this subnet could have been handed out under this config:
     /// its length is `SubnetLen`, it lies in the range, and it has no IPv6 part
@@ -196,7 +211,7 @@ impl FromStr for NetworkConfig {
     type Err = NetworkConfigError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let object = JsonObject::parse(text)?;
+        let object = JsonObject::parse(text).map_err(NetworkConfigError::Json)?;
         let flag = |key| object.get::<bool>(key, "true or false");
         let enable_ipv4 = flag("EnableIPv4")?.unwrap_or(true);
         let enable_ipv6 = flag("EnableIPv6")?.unwrap_or(false);

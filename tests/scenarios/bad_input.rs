@@ -17,9 +17,6 @@ use lab::{
     wait,
 };
 
-/// Makes loading the programs fail as on a kernel that refuses them.
-const REFUSE_PROGRAMS: &str = "FLANNEL_TEST_REFUSE_PROGRAMS";
-
 /// What becomes of an agent that was told nonsense.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Outcome {
@@ -268,7 +265,7 @@ fn a_kernel_that_refuses_programs_gets_the_kernel_path() {
             datapath: "auto",
             ..AgentOptions::default()
         };
-        let refused = auto.clone().variable(REFUSE_PROGRAMS, "1");
+        let refused = auto.clone().without_bpf();
         let cluster = Cluster::start_with(lab, &[refused, auto])?;
         let (a, b) = cluster.nodes();
         let status = a.status()?;
@@ -297,7 +294,7 @@ fn traffic_keeps_running_when_the_next_agent_is_refused_its_programs() {
             datapath: "auto",
             ..AgentOptions::default()
         }
-        .variable(REFUSE_PROGRAMS, "1");
+        .without_bpf();
         let agent = Agent::start(&a, &options)?;
         load.run_for(Duration::from_secs(1));
         cluster.agents.insert(0, agent);

@@ -38,6 +38,8 @@ pub struct AgentOptions {
     pub arguments: Vec<String>,
     /// Further environment.
     pub environment: Vec<(&'static str, String)>,
+    /// With the rights to load programs.
+    pub bpf: bool,
 }
 
 impl Default for AgentOptions {
@@ -48,6 +50,7 @@ impl Default for AgentOptions {
             uplink: UPLINK,
             arguments: Vec::new(),
             environment: Vec::new(),
+            bpf: true,
         }
     }
 }
@@ -79,8 +82,24 @@ impl AgentOptions {
         self
     }
 
+    /// Without the rights to load programs: the kernel refuses them.
+    #[must_use]
+    pub fn without_bpf(mut self) -> Self {
+        self.bpf = false;
+        self
+    }
+
     fn command(&self, node: &Node) -> Result<Command> {
-        let mut command = node.namespace().command(binaries::flanneld()?);
+        let flanneld = binaries::flanneld()?;
+        let mut command = if self.bpf {
+            node.namespace().command(flanneld)
+        } else {
+            let mut command = node.namespace().command("setpriv");
+            command
+                .arg("--bounding-set=-bpf,-perfmon,-sys_admin")
+                .arg(flanneld);
+            command
+        };
         command
             .arg("--lease-dir")
             .arg(node.lease_dir())

@@ -103,12 +103,7 @@ fn clean_up_at_signals() -> Result<()> {
         .name("lab-signals".into())
         .spawn(move || {
             let mut byte = [0];
-            loop {
-                match nix::unistd::read(&reader, &mut byte) {
-                    Err(nix::Error::EINTR) => {}
-                    _ => break,
-                }
-            }
+            while nix::unistd::read(&reader, &mut byte) == Err(nix::Error::EINTR) {}
             for path in live().drain(..) {
                 let _ = fs::remove_dir_all(path);
             }

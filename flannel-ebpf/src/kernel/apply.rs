@@ -58,7 +58,7 @@ pub(super) fn send(context: &TcContext, way: &Encapsulation<'_>) -> (Reason, i32
     let uplink = way.node.uplink;
 
     if context
-        .adjust_room(OVERHEAD as i32, BPF_ADJ_ROOM_MAC as u32, GROW)
+        .adjust_room(OVERHEAD as i32, BPF_ADJ_ROOM_MAC, GROW)
         .is_err()
     {
         return (Reason::OutNoRoom, NEXT);
@@ -92,7 +92,7 @@ pub(super) fn deliver(context: &TcContext, way: &Delivery<'_>) -> (Reason, i32) 
     let (tos, ttl, check) = way.next_hop();
 
     if context
-        .adjust_room(-(OVERHEAD as i32), BPF_ADJ_ROOM_MAC as u32, SHRINK)
+        .adjust_room(-(OVERHEAD as i32), BPF_ADJ_ROOM_MAC, SHRINK)
         .is_err()
     {
         return (Reason::InNoRoom, NEXT);

@@ -44,20 +44,20 @@ impl Tables for KernelTables {
 
     #[inline(always)]
     fn remote(&self, address: [u8; 4]) -> Option<&RemoteSubnet> {
-        REMOTE_SUBNETS.get(&Key::new(32, address))
+        REMOTE_SUBNETS.get(Key::new(32, address))
     }
 
     #[inline(always)]
     fn local_pod(&self, address: [u8; 4]) -> Option<&LocalPod> {
         // SAFETY: the agent replaces whole values; the kernel frees an old one only
         // after the program has left (RCU).
-        unsafe { LOCAL_PODS.get(&address) }
+        unsafe { LOCAL_PODS.get(address) }
     }
 
     #[inline(always)]
     fn is_peer(&self, address: [u8; 4]) -> bool {
         // SAFETY: only presence is looked at.
-        unsafe { PEER_NODES.get(&address) }.is_some()
+        unsafe { PEER_NODES.get(address) }.is_some()
     }
 }
 

@@ -1,5 +1,10 @@
 //! The hooks.
 
+#![expect(
+    clippy::needless_pass_by_value,
+    reason = "a hook takes its context by value"
+)]
+
 mod apply;
 mod counters;
 mod maps;

@@ -40,7 +40,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, anyhow};
+use anyhow::anyhow;
 use async_trait::async_trait;
 use ipnet::Ipv4Net;
 use tokio::sync::mpsc;
@@ -49,7 +49,7 @@ use self::directory::Directory;
 use super::{LeaseEvent, LeaseSource, SourceError};
 use crate::{
     lease::{Lease, LeaseAttributes},
-    network::NetworkConfig,
+    network::{NetworkConfig, NetworkConfigError},
 };
 
 /// The lease source of `--lease-dir`.
@@ -133,8 +133,7 @@ impl LeaseSource for FileSource {
     }
 
     async fn network_config(&self) -> Result<NetworkConfig, SourceError> {
-        self.blocking(|shared| read_config(&shared.directory).map_err(SourceError::Retry))
-            .await
+        self.blocking(|shared| read_config(&shared.directory)).await
     }
 
     async fn acquire(
@@ -169,15 +168,25 @@ impl LeaseSource for FileSource {
     }
 }
 
-fn read_config(directory: &Directory) -> anyhow::Result<NetworkConfig> {
+fn read_config(directory: &Directory) -> Result<NetworkConfig, SourceError> {
     let path = directory.config();
-    let text = std::fs::read_to_string(&path).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => anyhow!(
-            r#"there is no network config at {}; write one, for instance {{"Network":"10.244.0.0/16","Backend":{{"Type":"vxlan"}}}}"#,
-            path.display()
-        ),
-        _ => anyhow!("cannot read the network config {}: {error}", path.display()),
+    let text = std::fs::read_to_string(&path).map_err(|error| {
+        SourceError::Retry(match error.kind() {
+            io::ErrorKind::NotFound => anyhow!(
+                r#"there is no network config at {}; write one, for instance {{"Network":"10.244.0.0/16","Backend":{{"Type":"vxlan"}}}}"#,
+                path.display()
+            ),
+            _ => anyhow!("cannot read the network config {}: {error}", path.display()),
+        })
     })?;
-    text.parse()
-        .with_context(|| format!("cannot use the network config {}", path.display()))
+    text.parse().map_err(|error: NetworkConfigError| {
+        let is_final = error.is_final();
+        let error =
+            anyhow!(error).context(format!("cannot use the network config {}", path.display()));
+        if is_final {
+            SourceError::Fatal(error)
+        } else {
+            SourceError::Retry(error)
+        }
+    })
 }
