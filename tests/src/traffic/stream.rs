@@ -1,6 +1,6 @@
 //! One TCP stream in either direction or both, every word checked on arrival.
 //!
-//! The client's first 25 bytes tell the server what to do ([`Plan`]).
+//! The client's first 25 bytes tell the server what to do (`Plan`).
 
 use std::{
     io::{Read, Write},
@@ -192,7 +192,7 @@ pub fn serve(args: &ServeArgs) -> Result<StreamReport> {
 /// When the connection breaks.
 pub fn run(args: &StreamArgs) -> Result<StreamReport> {
     ensure!(
-        args.bytes % 8 == 0,
+        args.bytes.is_multiple_of(8),
         "the data is made of words of eight bytes"
     );
     pin_to(args.cpu)?;
