@@ -18,6 +18,7 @@ use crate::{
         route::RouteReport,
         stream::StreamReport,
     },
+    wait,
 };
 
 /// Ports of the tools' servers.
@@ -294,7 +295,7 @@ pub fn try_datagrams(from: &Pod, to: &Pod, arguments: &str) -> Result<Datagrams>
 
 /// Gives datagrams under way the time to arrive, then the receiver's report.
 pub(crate) fn settle(receiver: Task) -> Result<ReceiveReport> {
-    std::thread::sleep(std::time::Duration::from_millis(100));
+    std::thread::sleep(wait::patiently(std::time::Duration::from_millis(100)));
     receiver.finish()
 }
 

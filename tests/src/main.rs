@@ -3,10 +3,10 @@
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use lab::{
-    bench,
+    bench, demo, guest,
     lab::Lab,
     namespace::{self, Kind},
-    original,
+    original, scratch,
     traffic::Tool,
 };
 
@@ -40,6 +40,10 @@ enum Command {
     },
     /// Compare the paths by what a request and its response cost.
     Bench(bench::BenchArgs),
+    /// Set up a cluster and tell a short story with live figures.
+    Demo(demo::DemoArgs),
+    /// Check this kernel with both datapaths (run inside guest kernels).
+    Guest(guest::GuestArgs),
     #[command(flatten)]
     Tool(Tool),
 }
@@ -51,6 +55,8 @@ fn main() -> Result<()> {
         }
         Command::Bench(args) => bench::run(&args),
         Command::Up { nodes, pods } => up(nodes, pods),
+        Command::Demo(args) => demo::run(&args),
+        Command::Guest(args) => guest::run(&args),
         Command::Tool(tool) => tool.run(),
     }
 }
@@ -69,7 +75,5 @@ fn up(nodes: u8, pods: u8) -> Result<()> {
         }
     }
     println!("ready; Ctrl-C takes everything down");
-    loop {
-        std::thread::park();
-    }
+    scratch::wait_for_ctrl_c()
 }

@@ -98,8 +98,10 @@ impl Namespace {
         };
         // Router solicitations and the like would move the counters that the
         // scenarios compare; issue 3 is about IPv4 pods.
-        namespace.sysctl("net.ipv6.conf.all.disable_ipv6", "1")?;
-        namespace.sysctl("net.ipv6.conf.default.disable_ipv6", "1")?;
+        if namespace.exists("/proc/sys/net/ipv6")? {
+            namespace.sysctl("net.ipv6.conf.all.disable_ipv6", "1")?;
+            namespace.sysctl("net.ipv6.conf.default.disable_ipv6", "1")?;
+        }
         namespace.ip("link set lo up")?;
         Ok(namespace)
     }

@@ -4,7 +4,10 @@ use std::{
     fs, io,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::{LazyLock, Mutex, OnceLock},
+    sync::{
+        LazyLock, Mutex, OnceLock,
+        mpsc::{Sender, channel},
+    },
     thread,
 };
 
@@ -18,6 +21,23 @@ static LIVE: LazyLock<Mutex<Vec<PathBuf>>> = LazyLock::new(Mutex::default);
 
 /// Where the signal handler writes; a byte there wakes the thread that cleans up.
 static WAKE: OnceLock<OwnedFd> = OnceLock::new();
+
+/// Who wants to hear of the next signal instead of being ended by it.
+static LISTENER: Mutex<Option<Sender<()>>> = Mutex::new(None);
+
+/// Waits for Ctrl-C (or SIGTERM, SIGHUP); what follows is the caller's, a second
+/// one ends the process.
+///
+/// # Errors
+/// When no handler can be installed.
+pub fn wait_for_ctrl_c() -> Result<()> {
+    clean_up_at_signals()?;
+    let (sender, receiver) = channel();
+    *LISTENER
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner) = Some(sender);
+    receiver.recv().context("nobody is left to tell of signals")
+}
 
 /// A directory that disappears with its value, at Ctrl-C, and at the latest
 /// when the next lab starts (after a SIGKILL nobody is left to remove it).
@@ -103,7 +123,18 @@ fn clean_up_at_signals() -> Result<()> {
         .name("lab-signals".into())
         .spawn(move || {
             let mut byte = [0];
-            while nix::unistd::read(&reader, &mut byte) == Err(nix::Error::EINTR) {}
+            loop {
+                if nix::unistd::read(&reader, &mut byte) == Err(nix::Error::EINTR) {
+                    continue;
+                }
+                let listener = LISTENER
+                    .lock()
+                    .unwrap_or_else(std::sync::PoisonError::into_inner)
+                    .take();
+                if listener.is_none_or(|listener| listener.send(()).is_err()) {
+                    break;
+                }
+            }
             for path in live().drain(..) {
                 let _ = fs::remove_dir_all(path);
             }

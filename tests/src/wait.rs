@@ -1,6 +1,7 @@
 //! Waiting for a condition with a deadline, instead of sleeping and hoping.
 
 use std::{
+    sync::atomic::{AtomicU32, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -9,6 +10,20 @@ use anyhow::{Result, bail};
 
 /// How often a condition is looked at.
 const PERIOD: Duration = Duration::from_millis(10);
+
+/// What every limit is multiplied by.
+static FACTOR: AtomicU32 = AtomicU32::new(1);
+
+/// Makes every limit `factor` times as long: an emulated machine is slow.
+pub fn be_patient(factor: u32) {
+    FACTOR.store(factor, Ordering::Relaxed);
+}
+
+/// `time` on this machine.
+#[must_use]
+pub fn patiently(time: Duration) -> Duration {
+    time * FACTOR.load(Ordering::Relaxed)
+}
 
 /// Waits until `condition` gives a value, at most `limit`.
 ///
@@ -19,6 +34,7 @@ pub fn until<T>(
     limit: Duration,
     mut condition: impl FnMut() -> Result<Option<T>>,
 ) -> Result<T> {
+    let limit = patiently(limit);
     let deadline = Instant::now() + limit;
     loop {
         let last = match condition() {
