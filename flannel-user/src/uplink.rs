@@ -296,11 +296,13 @@ impl Host {
         let mut failures = Vec::new();
         for attempt in by_value.chain(by_regex).chain(by_reach) {
             match attempt {
-                Ok(found) => return Ok(found),
-                Err(error) => {
-                    warn!(%error, "an interface option does not apply");
-                    failures.push(error);
+                Ok(found) => {
+                    for error in &failures {
+                        warn!(%error, "an interface option does not apply, a later one does");
+                    }
+                    return Ok(found);
                 }
+                Err(error) => failures.push(error),
             }
         }
         Err(match failures.len() {
