@@ -274,7 +274,7 @@ impl Cluster {
                         if unasked.len() > 0 {
                             next = Instant::now();
                         } else if pending.is_empty() {
-                            return Err(no_endpoint(faults));
+                            return Err(no_endpoint(&faults));
                         }
                     }
                 },
@@ -291,7 +291,7 @@ impl Cluster {
                     for index in order {
                         faults.entry(index).or_insert_with(|| self.no_answer(index));
                     }
-                    return Err(no_endpoint(faults));
+                    return Err(no_endpoint(&faults));
                 }
             }
         }
@@ -303,7 +303,12 @@ impl Cluster {
             let client = self.connect(&self.endpoints[index]).await?;
             match read(client.clone(), &self.probe).await {
                 Err(error) if !error::is_permission(&error) => {
-                    Err(EtcdError::new(&self.endpoints[index].url, &error))
+                    let endpoint = &self.endpoints[index];
+                    let error = EtcdError::new(&endpoint.url, &error);
+                    Err(match &self.options.cert_file {
+                        Some(file) if endpoint.tls => error.suspecting(file),
+                        _ => error,
+                    })
                 }
                 _ => Ok(client),
             }
@@ -358,7 +363,7 @@ async fn read(client: Client, key: &str) -> Result<(), etcd_client::Error> {
     Ok(())
 }
 
-fn no_endpoint(faults: BTreeMap<usize, EtcdError>) -> EtcdError {
+fn no_endpoint(faults: &BTreeMap<usize, EtcdError>) -> EtcdError {
     let faults: Vec<String> = faults.values().map(ToString::to_string).collect();
     EtcdError::NoEndpoint(faults.join("; "))
 }

@@ -1,6 +1,6 @@
 //! What goes wrong between this agent and etcd, told apart by what to do about it.
 
-use std::error::Error as _;
+use std::{error::Error as _, path::Path};
 
 use super::options::OptionsError;
 
@@ -79,6 +79,28 @@ impl EtcdError {
             UNAUTHENTICATED => Self::Unavailable { endpoint, message },
             code if ANSWERS.contains(&code) => Self::Refused { endpoint, message },
             _ => Self::Unavailable { endpoint, message },
+        }
+    }
+
+    /// Adds the likeliest cause where the server broke a TLS connection off. By the
+    /// time it checks the client's certificate the client already sends (TLS 1.3), so its
+    /// alert is often lost in the end of the connection.
+    pub(super) fn suspecting(self, certificate: &Path) -> Self {
+        match self {
+            Self::Unavailable { endpoint, message }
+                if ["fatal alert", "closed", "reset", "broken pipe"]
+                    .iter()
+                    .any(|sign| message.to_ascii_lowercase().contains(sign)) =>
+            {
+                Self::Unavailable {
+                    endpoint,
+                    message: format!(
+                        "{message} (has it refused the certificate {}? it may have run out)",
+                        certificate.display()
+                    ),
+                }
+            }
+            other => other,
         }
     }
 

@@ -115,25 +115,21 @@ impl Watch {
                     return End::Failed(cluster.error(&connection, "the connection was given up"));
                 }
             };
-            let end = match response {
-                Ok(Some(response)) if response.canceled() => canceled(&response),
-                Ok(Some(response)) => {
+            let fault = match response {
+                Ok(Some(response)) if !response.canceled() => {
                     if self.apply(response).await.is_err() {
                         return End::Closed;
                     }
                     continue;
                 }
-                Ok(None) => End::Failed(cluster.error(&connection, "the watch was ended")),
-                Err(error) => End::Failed(cluster.error(&connection, &error.to_string())),
+                Ok(Some(response)) if is_compacted(&response) => return End::Outdated,
+                Ok(Some(response)) => reason(&response),
+                Ok(None) => "the watch was ended".to_owned(),
+                Err(error) => error.to_string(),
             };
-            return match end {
-                // A new connection brings a new token.
-                End::Failed(error) => {
-                    cluster.drop_connection(&connection);
-                    End::Failed(error)
-                }
-                end => end,
-            };
+            // A new connection also brings a new token.
+            cluster.drop_connection(&connection);
+            return End::Failed(cluster.error(&connection, &fault));
         }
     }
 
@@ -173,16 +169,12 @@ impl Watch {
             registry.cluster().drop_connection(&connection);
             return Err(registry.cluster().error(&connection, "no watch is created"));
         };
+        if created.canceled() && is_compacted(&created) {
+            return Ok(None);
+        }
         if created.canceled() {
-            return match canceled(&created) {
-                End::Failed(_) => {
-                    registry.cluster().drop_connection(&connection);
-                    Err(registry
-                        .cluster()
-                        .error(&connection, created.cancel_reason()))
-                }
-                _ => Ok(None),
-            };
+            registry.cluster().drop_connection(&connection);
+            return Err(registry.cluster().error(&connection, &reason(&created)));
         }
         // A registry restored from a backup counts its revisions from further back, and
         // would be silent until it has caught up. A member that lags behind looks the same
@@ -245,12 +237,11 @@ impl Watch {
     }
 }
 
-fn canceled(response: &WatchResponse) -> End {
-    if response.compact_revision() > 0 {
-        return End::Outdated;
-    }
-    End::Failed(EtcdError::Unavailable {
-        endpoint: "the endpoint in use".to_owned(),
-        message: format!("the watch was cancelled: {}", response.cancel_reason()),
-    })
+/// True when what was to be resumed from is compacted.
+fn is_compacted(response: &WatchResponse) -> bool {
+    response.compact_revision() > 0
+}
+
+fn reason(response: &WatchResponse) -> String {
+    format!("the watch was cancelled: {}", response.cancel_reason())
 }
