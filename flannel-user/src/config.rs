@@ -12,12 +12,13 @@ mod tests;
 
 use std::{net::Ipv4Addr, path::PathBuf, time::Duration};
 
-use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum, error::ErrorKind};
+use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum};
 
 use self::{go_flags::Given, not_yet::NotYet};
 use crate::{
     datapath::{ebpf::TcAttach, switch::Preference},
     network::FastPath,
+    source::etcd::{Endpoints, EtcdOptions, Secret},
 };
 
 /// Largest `--subnet-lease-renew-margin`, in minutes: a minute less than a day.
@@ -36,9 +37,47 @@ const MAX_VERBOSITY: u64 = 10;
     next_line_help = false
 )]
 pub struct Flags {
-    /// Directory of leases and network config that all nodes share
-    #[arg(long, value_name = "DIR", required = true, help_heading = "Leases")]
-    pub lease_dir: PathBuf,
+    /// etcd servers, with commas between them; where leases come from unless --lease-dir is given
+    #[arg(
+        long,
+        value_name = "URLS",
+        default_value = "http://127.0.0.1:4001,http://127.0.0.1:2379",
+        help_heading = "Leases"
+    )]
+    pub etcd_endpoints: Endpoints,
+
+    /// Root of all keys in etcd
+    #[arg(
+        long,
+        value_name = "PATH",
+        default_value = "/coreos.com/network",
+        help_heading = "Leases"
+    )]
+    pub etcd_prefix: String,
+
+    /// Client key for etcd; TLS is configured only with key and certificate
+    #[arg(long, value_name = "FILE", help_heading = "Leases")]
+    pub etcd_keyfile: Option<PathBuf>,
+
+    /// Client certificate for etcd
+    #[arg(long, value_name = "FILE", help_heading = "Leases")]
+    pub etcd_certfile: Option<PathBuf>,
+
+    /// Certificates that etcd's is checked against; else the system's
+    #[arg(long, value_name = "FILE", help_heading = "Leases")]
+    pub etcd_cafile: Option<PathBuf>,
+
+    /// User in etcd
+    #[arg(long, value_name = "NAME", help_heading = "Leases")]
+    pub etcd_username: Option<String>,
+
+    /// Password of that user; better given as FLANNELD_ETCD_PASSWORD
+    #[arg(long, value_name = "PASSWORD", help_heading = "Leases")]
+    pub etcd_password: Option<Secret>,
+
+    /// Directory of leases and network config that all nodes share, instead of etcd
+    #[arg(long, value_name = "DIR", help_heading = "Leases")]
+    pub lease_dir: Option<PathBuf>,
 
     /// How long a lease lasts unless renewed, in seconds
     #[arg(long, value_name = "SECONDS", default_value = "86400", value_parser = seconds, help_heading = "Leases")]
@@ -186,11 +225,16 @@ pub enum FlagsError {
         "--subnet-lease-renew-margin is {0} minutes, but must be 1 to {MAX_RENEW_MARGIN}, less than a day"
     )]
     RenewMargin(u64),
-    /// No lease source is named.
+    /// Leases cannot come from two places.
     #[error(
-        "no lease source is given: name a directory that all nodes share with --lease-dir (or FLANNELD_LEASE_DIR)"
+        "{lease_dir} and {etcd} are both given, but leases come from a directory or from etcd: remove one of them"
     )]
-    NoLeaseSource,
+    TwoLeaseSources {
+        /// The directory's flag or variable.
+        lease_dir: String,
+        /// The flag or variable that says etcd.
+        etcd: String,
+    },
     /// Part of flannel, but not of this version.
     #[error("{flag} is given, but {what} not available in this version; {advice}")]
     NotAvailable {
@@ -211,7 +255,7 @@ impl FlagsError {
         match self {
             Self::Help(_) | Self::Version(_) => 0,
             Self::Usage(_) | Self::Argument(_) | Self::Variable { .. } => 2,
-            Self::RenewMargin(_) | Self::NoLeaseSource | Self::NotAvailable { .. } => 1,
+            Self::RenewMargin(_) | Self::TwoLeaseSources { .. } | Self::NotAvailable { .. } => 1,
         }
     }
 }
@@ -249,12 +293,10 @@ impl Flags {
         }
         let all: Vec<Given> = environment.into_iter().chain(line).collect();
         let mut warnings = not_yet::check(&all)?;
+        check_one_source(&all)?;
         let matches = command
             .try_get_matches_from_mut(argv(&all))
-            .map_err(|error| match error.kind() {
-                ErrorKind::MissingRequiredArgument => FlagsError::NoLeaseSource,
-                _ => FlagsError::Usage(text_of(&error)),
-            })?;
+            .map_err(|error| FlagsError::Usage(text_of(&error)))?;
         let mut flags =
             Self::from_arg_matches(&matches).map_err(|error| FlagsError::Usage(text_of(&error)))?;
         let margin = flags.subnet_lease_renew_margin;
@@ -288,6 +330,21 @@ impl Flags {
         })
     }
 
+    /// How to reach etcd, if leases come from there.
+    #[must_use]
+    pub fn etcd(&self) -> EtcdOptions {
+        EtcdOptions {
+            endpoints: self.etcd_endpoints.clone(),
+            prefix: self.etcd_prefix.clone(),
+            key_file: self.etcd_keyfile.clone(),
+            cert_file: self.etcd_certfile.clone(),
+            ca_file: self.etcd_cafile.clone(),
+            username: self.etcd_username.clone(),
+            password: self.etcd_password.clone(),
+            lease_ttl: self.lease_ttl,
+        }
+    }
+
     /// How long before its end the lease is renewed: as asked for, but never more than
     /// half of its life, or a short `--lease-ttl` would mean renewing all the time.
     #[must_use]
@@ -310,11 +367,22 @@ fn argv(given: &[Given]) -> impl Iterator<Item = String> {
     std::iter::once("flanneld".to_owned()).chain(given.iter().map(Given::argument))
 }
 
-/// Reads values only; what is missing is another matter.
+/// A variable counts as much as a flag: nobody sets one for nothing.
+fn check_one_source(all: &[Given]) -> Result<(), FlagsError> {
+    let directory = all.iter().find(|given| given.name == "lease-dir");
+    let etcd = all.iter().find(|given| given.name.starts_with("etcd-"));
+    match (directory, etcd) {
+        (Some(directory), Some(etcd)) => Err(FlagsError::TwoLeaseSources {
+            lease_dir: directory.origin(),
+            etcd: etcd.origin(),
+        }),
+        _ => Ok(()),
+    }
+}
+
 fn check_readable(command: &clap::Command, given: &[Given]) -> Result<(), FlagsError> {
     match command.clone().try_get_matches_from(argv(given)) {
         Ok(_) => Ok(()),
-        Err(error) if error.kind() == ErrorKind::MissingRequiredArgument => Ok(()),
         Err(error) => Err(match given {
             [
                 Given {

@@ -7,7 +7,7 @@ use flannel_user::{
     agent::{self, Options},
     config::{Flags, ForgedVxlan},
     datapath::ebpf::EbpfOptions,
-    source::file::FileSource,
+    source::{LeaseSource, etcd::EtcdSource, file::FileSource},
     uplink::UplinkChoice,
 };
 use tracing::{error, info, warn};
@@ -36,9 +36,12 @@ fn main() -> ExitCode {
 }
 
 fn run(flags: &Flags) -> anyhow::Result<()> {
-    let source = FileSource::new(flags.lease_dir.clone(), flags.lease_ttl)?;
+    let source: Arc<dyn LeaseSource> = match &flags.lease_dir {
+        Some(directory) => Arc::new(FileSource::new(directory.clone(), flags.lease_ttl)?),
+        None => Arc::new(EtcdSource::new(&flags.etcd())?),
+    };
     let options = Options {
-        source: Arc::new(source),
+        source,
         uplink: UplinkChoice {
             iface: flags.iface.clone(),
             iface_regex: flags.iface_regex.clone(),

@@ -13,27 +13,6 @@ const HEADING: &str = "Not available in this version";
 #[derive(Debug, Clone, PartialEq, Eq, Args)]
 #[command(next_help_heading = HEADING)]
 pub(super) struct NotYet {
-    /// Refused: etcd as lease source
-    #[arg(long, value_name = "URLS")]
-    etcd_endpoints: Option<String>,
-    /// Refused: etcd as lease source
-    #[arg(long, value_name = "PATH")]
-    etcd_prefix: Option<String>,
-    /// Refused: etcd as lease source
-    #[arg(long, value_name = "FILE")]
-    etcd_keyfile: Option<String>,
-    /// Refused: etcd as lease source
-    #[arg(long, value_name = "FILE")]
-    etcd_certfile: Option<String>,
-    /// Refused: etcd as lease source
-    #[arg(long, value_name = "FILE")]
-    etcd_cafile: Option<String>,
-    /// Refused: etcd as lease source
-    #[arg(long, value_name = "NAME")]
-    etcd_username: Option<String>,
-    /// Refused: etcd as lease source
-    #[arg(long, value_name = "PASSWORD")]
-    etcd_password: Option<String>,
     /// Refused: Kubernetes as lease source
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = boolean)]
     kube_subnet_mgr: Option<bool>,
@@ -92,13 +71,9 @@ enum Lack {
     Ignored(&'static str),
 }
 
-const NO_ETCD: Lack = Lack::Refused {
-    what: "leases from etcd are",
-    advice: "use --lease-dir",
-};
 const NO_KUBERNETES: Lack = Lack::Refused {
     what: "leases from Kubernetes are",
-    advice: "use --lease-dir",
+    advice: "use etcd (--etcd-endpoints) or --lease-dir",
 };
 
 /// What this version lacks for the flag; nothing if the value asks for nothing.
@@ -114,8 +89,6 @@ fn lack_of(given: &Given) -> Option<Lack> {
             None
         }
         "healthz-port" if given.value.as_deref().map(integer) == Some(Ok(0)) => None,
-        "etcd-endpoints" | "etcd-prefix" | "etcd-keyfile" | "etcd-certfile" | "etcd-cafile"
-        | "etcd-username" | "etcd-password" => Some(NO_ETCD),
         "kube-subnet-mgr" | "kube-api-url" | "kubeconfig-file" => Some(NO_KUBERNETES),
         "public-ipv6" => Some(Lack::Refused {
             what: "IPv6 is",

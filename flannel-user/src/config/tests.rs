@@ -23,7 +23,7 @@ fn clap_finds_no_fault_in_the_flags() {
 #[test]
 fn defaults_are_flannels() {
     let flags = parse_with(&["--lease-dir", "/leases"], &[]).expect("valid");
-    assert_eq!(flags.lease_dir, PathBuf::from("/leases"));
+    assert_eq!(flags.lease_dir, Some(PathBuf::from("/leases")));
     assert_eq!(flags.lease_ttl, Duration::from_secs(86_400));
     assert_eq!(flags.subnet_file, PathBuf::from("/run/flannel/subnet.env"));
     assert_eq!(flags.renew_margin(), Duration::from_secs(3600));
@@ -89,7 +89,7 @@ fn every_flag_is_read() {
         "-v=4",
     ])
     .expect("valid");
-    assert_eq!(flags.lease_dir, PathBuf::from("/x"));
+    assert_eq!(flags.lease_dir, Some(PathBuf::from("/x")));
     assert_eq!(flags.lease_ttl, Duration::from_secs(60));
     assert_eq!(flags.subnet_lease_renew_margin, 1439);
     assert_eq!(
@@ -195,16 +195,77 @@ fn a_renew_margin_out_of_range_ends_with_1(#[case] minutes: &str) {
 }
 
 #[test]
-fn without_a_lease_source_the_flag_is_named() {
-    let error = parse_with(&["--iface=lo"], &[]).expect_err("no source");
-    assert_eq!(error, FlagsError::NoLeaseSource);
-    assert_eq!(error.exit_code(), 1);
-    assert!(error.to_string().contains("--lease-dir"));
+fn row_2_without_a_lease_source_it_is_etcd_as_in_flannel() {
+    let flags = parse_with(&["--iface=lo"], &[]).expect("valid");
+    assert_eq!(flags.lease_dir, None);
+    let defaults = "http://127.0.0.1:4001,http://127.0.0.1:2379";
+    assert_eq!(flags.etcd_endpoints, defaults.parse().expect("any text"));
+    assert_eq!(flags.etcd_prefix, "/coreos.com/network");
+    let etcd = flags.etcd();
+    assert_eq!(
+        (etcd.key_file, etcd.cert_file, etcd.ca_file),
+        (None, None, None)
+    );
+    assert_eq!((etcd.username, etcd.password), (None, None));
+    assert_eq!(etcd.lease_ttl, Duration::from_secs(86_400));
+}
+
+#[test]
+fn row_2_every_etcd_flag_is_read() {
+    let flags = parse_with(
+        &[
+            "-etcd-endpoints=https://a:2379,https://b:2379",
+            "--etcd-prefix",
+            "/other",
+            "--etcd-keyfile=/key",
+            "--etcd-certfile=/cert",
+            "--etcd-cafile=/ca",
+            "--etcd-username=flannel",
+        ],
+        &[("FLANNELD_ETCD_PASSWORD", "hunter2")],
+    );
+    let etcd = flags.expect("valid").etcd();
+    assert_eq!(etcd.prefix, "/other");
+    assert_eq!(etcd.key_file, Some("/key".into()));
+    assert_eq!(etcd.cert_file, Some("/cert".into()));
+    assert_eq!(etcd.ca_file, Some("/ca".into()));
+    assert_eq!(etcd.username.as_deref(), Some("flannel"));
+    assert_eq!(etcd.password, Some("hunter2".parse().expect("any text")));
+}
+
+#[test]
+fn row_23_18_no_secret_prints() {
+    let args = [
+        "--etcd-password=hunter2",
+        "--etcd-endpoints=http://root:hunter2@a:2379",
+    ];
+    let flags = parse_with(&args, &[]).expect("valid");
+    let text = format!("{flags:?}{flags:#?}");
+    assert!(!text.contains("hunter2"), "{text}");
+    let error = parse(&args).expect_err("two sources").to_string();
+    assert!(!error.contains("hunter2"), "{error}");
 }
 
 #[rstest]
-#[case("--etcd-endpoints=http://127.0.0.1:2379", "etcd")]
-#[case("--etcd-prefix=/x", "etcd")]
+#[case(&["--etcd-endpoints=http://127.0.0.1:2379"], &[], "--etcd-endpoints")]
+#[case(&["--etcd-prefix=/x"], &[], "--etcd-prefix")]
+#[case(&[], &[("FLANNELD_ETCD_PASSWORD", "hunter2")], "FLANNELD_ETCD_PASSWORD")]
+fn etcd_and_a_directory_do_not_go_together(
+    #[case] flags: &[&str],
+    #[case] env: &[(&str, &str)],
+    #[case] name: &str,
+) {
+    let args = [&["--lease-dir=/x"], flags].concat();
+    let error = parse_with(&args, env).expect_err("two sources");
+    assert_eq!(error.exit_code(), 1);
+    let text = error.to_string();
+    assert!(
+        text.contains("--lease-dir") && text.contains(name),
+        "{text}"
+    );
+}
+
+#[rstest]
 #[case("--kube-subnet-mgr", "Kubernetes")]
 #[case("--kube-api-url=https://x", "Kubernetes")]
 #[case("--kubeconfig-file=/x", "Kubernetes")]
@@ -222,9 +283,9 @@ fn what_is_not_there_yet_is_refused_by_name(#[case] flag: &str, #[case] what: &s
 
 #[test]
 fn a_refused_variable_is_named_without_its_value() {
-    let error = parse_with(&[], &[("FLANNELD_ETCD_PASSWORD", "hunter2")]).expect_err("refused");
+    let error = parse_with(&[], &[("FLANNELD_KUBE_API_URL", "hunter2")]).expect_err("refused");
     let text = error.to_string();
-    assert!(text.contains("FLANNELD_ETCD_PASSWORD"), "{text}");
+    assert!(text.contains("FLANNELD_KUBE_API_URL"), "{text}");
     assert!(!text.contains("hunter2"), "{text}");
 }
 

@@ -1,5 +1,6 @@
 //! Where leases come from: a snapshot, then changes.
 
+pub mod etcd;
 pub mod file;
 
 use async_trait::async_trait;

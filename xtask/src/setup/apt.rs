@@ -1,24 +1,44 @@
 //! Debian packages: which are missing, and how they get here.
 
-use std::process::{Command, Stdio};
+use std::{
+    path::Path,
+    process::{Command, Stdio},
+};
 
 use anyhow::{Context as _, Result, bail};
 
 use super::machine;
 use crate::command;
 
-/// A package, and a program that shows that it (or an equal) is present.
+/// A package, and a program or file that shows that it (or an equal) is present.
 pub(super) struct Package {
     name: &'static str,
-    program: &'static str,
+    sign: &'static str,
 }
 
-const fn package(name: &'static str, program: &'static str) -> Package {
-    Package { name, program }
+const fn package(name: &'static str, sign: &'static str) -> Package {
+    Package { name, sign }
 }
+
+impl Package {
+    fn is_present(&self) -> bool {
+        command::find(self.sign).is_some()
+            || Path::new(self.sign).is_absolute() && Path::new(self.sign).exists()
+    }
+}
+
+/// What building takes: the etcd client is generated from etcd's own definitions.
+pub(super) const BUILD: [Package; 2] = [
+    package("protobuf-compiler", "protoc"),
+    package(
+        "libprotobuf-dev",
+        "/usr/include/google/protobuf/descriptor.proto",
+    ),
+];
 
 /// What the demo and the scenarios use.
-pub(super) const LAB: [Package; 11] = [
+pub(super) const LAB: [Package; 12] = [
+    package("etcd-server", "etcd"),
     package("iproute2", "ip"),
     package("iputils-ping", "ping"),
     package("traceroute", "traceroute"),
@@ -44,7 +64,7 @@ pub(super) const EMULATOR: [Package; 4] = [
 pub(super) fn install_missing(packages: &[Package]) -> Result<()> {
     let missing: Vec<_> = packages
         .iter()
-        .filter(|package| command::find(package.program).is_none())
+        .filter(|package| !package.is_present())
         .map(|package| package.name)
         .collect();
     if missing.is_empty() {

@@ -29,8 +29,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// What building the kernel object takes.
+/// What building takes.
 pub(crate) fn build_tools() -> Result<Toolchain> {
+    apt::install_missing(&apt::BUILD)?;
     Toolchain::find_or_install()
 }
 
