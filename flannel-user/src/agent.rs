@@ -1,7 +1,7 @@
 //! The composition root: the only file that knows every part.
 //!
 //! Order of a start (contract section 1, with the better readiness it names):
-//! source, network config, uplink, tunnel device, lease, device address,
+//! source, network config, uplink, tunnel device, lease, device address, firewall,
 //! subnet file, first snapshot in the kernel, then ready.
 
 use std::{
@@ -28,6 +28,10 @@ use crate::{
         netlink::{DeviceSpec, NetlinkDatapath, Rtnl},
         switch::{Preference, Switch},
     },
+    firewall::{
+        self, Firewall, Policy, System,
+        watch::{Resync, Watch},
+    },
     lease::{Lease, SubnetKey, table::LeaseTable},
     network::{BackendConfig, FastPath, NetworkConfig},
     reconcile::{self, Inputs, NodeSetup, Peers, Reconciler},
@@ -52,8 +56,16 @@ pub struct Options {
     pub uplink: UplinkChoice,
     /// Where the result is written for the CNI plugin.
     pub subnet_file: PathBuf,
-    /// `--ip-masq`, for the subnet file.
+    /// `--ip-masq`.
     pub ip_masq: bool,
+    /// Not `--ip-masq-fully-random-disable`.
+    pub random_fully: bool,
+    /// `--iptables-forward-rules`.
+    pub forward_rules: bool,
+    /// `--iptables-resync`.
+    pub firewall_period: Duration,
+    /// `--ip-blackhole-route`.
+    pub blackhole_route: bool,
     /// How long before its end the lease is renewed.
     pub renew_margin: Duration,
     /// `--datapath`.
@@ -90,6 +102,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         return lease_only(&options, &network).await;
     };
 
+    check_firewall(&options, &network)?;
     let chosen = choose_uplink(&options.uplink).await?;
     let mtu = device_mtu(backend.mtu, chosen.mtu)?;
     let mut spec = DeviceSpec {
@@ -120,6 +133,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
 
     spec.address = Some(subnet.network());
     let device = netlink.ensure_device(&spec).await?;
+    set_up_firewall(&options, &network, subnet, &previous).await?;
     write_subnet_file(&options, &network, subnet, device.mtu);
 
     let fast_path = options
@@ -189,6 +203,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
 
 /// Backend `alloc`: a lease and a subnet file, no forwarding.
 async fn lease_only(options: &Options, network: &NetworkConfig) -> anyhow::Result<()> {
+    check_firewall(options, network)?;
     let chosen = choose_uplink(&options.uplink).await?;
     let attributes = crate::backend::alloc::attributes(chosen.public_ip);
     let previous = previous(&options.subnet_file);
@@ -200,6 +215,7 @@ async fn lease_only(options: &Options, network: &NetworkConfig) -> anyhow::Resul
     )
     .await?;
     info!(subnet = %lease.key.v4, "lease acquired; backend alloc forwards nothing");
+    set_up_firewall(options, network, lease.key.v4, &previous).await?;
     write_subnet_file(options, network, lease.key.v4, chosen.mtu);
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     let (sender, _own) = watch::channel(lease);
@@ -285,6 +301,63 @@ fn previous(path: &Path) -> Previous {
         );
         Previous::default()
     })
+}
+
+fn packet_filter(network: &NetworkConfig) -> System {
+    if network.enable_nftables {
+        System::Nftables
+    } else {
+        System::Iptables
+    }
+}
+
+fn policy(options: &Options, network: &NetworkConfig, subnet: Ipv4Net) -> Policy {
+    Policy {
+        network: network.network,
+        subnet,
+        masquerade: options.ip_masq,
+        random_fully: options.random_fully,
+        forward: options.forward_rules,
+    }
+}
+
+/// What can be known before anything on this host is changed.
+fn check_firewall(options: &Options, network: &NetworkConfig) -> anyhow::Result<()> {
+    // No lease yet: whether there are rules at all does not depend on the subnet.
+    let policy = policy(options, network, network.network);
+    Ok(firewall::check_bridge_netfilter(
+        packet_filter(network),
+        &policy,
+    )?)
+}
+
+/// Installs the rules, removes what another run left in the other packet filter, and keeps it so
+/// from here on.
+async fn set_up_firewall(
+    options: &Options,
+    network: &NetworkConfig,
+    subnet: Ipv4Net,
+    previous: &Previous,
+) -> anyhow::Result<()> {
+    let policy = policy(options, network, subnet);
+    let mut firewall = Firewall::open(packet_filter(network), policy, previous.network).await?;
+    let watch = Watch::new(
+        &firewall,
+        Resync {
+            period: options.firewall_period,
+            blackhole: options.blackhole_route.then_some(subnet),
+        },
+    );
+    let changed = firewall.apply().await.context("install firewall rules")?;
+    info!(?changed, "firewall rules are in order");
+    if let Err(error) = firewall.clean_other().await {
+        warn!(
+            error = &error as &dyn std::error::Error,
+            "rules of the packet filter not in use may be left"
+        );
+    }
+    tokio::spawn(watch.keep(firewall));
+    Ok(())
 }
 
 /// A file that cannot be written costs new pods, not the ones that run.
