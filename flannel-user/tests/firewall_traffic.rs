@@ -5,22 +5,21 @@
 //! pod 10.244.1.2 ── cni0 (10.244.1.1) host (192.0.2.1) ── outside 192.0.2.2, echoes UDP
 //! ```
 
+mod alloc_agent;
 mod namespace;
 
 use std::{
     fs::File,
     net::UdpSocket,
-    os::unix::process::CommandExt as _,
-    path::Path,
-    process::{Child, Command},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     thread::JoinHandle,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
+use alloc_agent::{Host, stop};
 use flannel_user::firewall::{
     Firewall, Policy, iptables::Iptables, iptables::Variant, nftables::Nftables,
 };
@@ -258,66 +257,24 @@ fn contract_14_5_no_gap_while_the_packet_filter_is_switched() {
     });
 }
 
-fn start_agent(directory: &Path, round: usize) -> Child {
-    let path = |name: &str| directory.join(name).display().to_string();
-    let mut agent = Command::new(env!("CARGO_BIN_EXE_flanneld"));
-    agent
-        .args(["--ip-masq", "--iface=uplink0"])
-        .arg(format!("--lease-dir={}", path("leases")))
-        .arg(format!("--subnet-file={}", path("subnet.env")))
-        .arg(format!("--control-socket={}", path("control.sock")))
-        .stdout(std::process::Stdio::null())
-        .stderr(File::create(path(&format!("log-{}", round % 4))).expect("a log"));
-    // SAFETY: prctl is safe after fork, and nothing else is done there.
-    unsafe { agent.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(nix::sys::signal::SIGKILL)?)) };
-    agent.spawn().expect("flanneld starts")
-}
-
 /// Every other agent is killed, at any moment of its start; the others end by SIGTERM when
 /// they have written the subnet file.
 fn restarted_under_load(nftables: bool) {
     in_new_namespace(move || async move {
         let mut scene = Scene::new();
-        let directory = tempfile::tempdir().expect("a directory");
-        let leases = directory.path().join("leases");
-        std::fs::create_dir_all(leases.join("subnets")).expect("made");
-        // The smallest range: the agent gets 10.244.1.0/24.
-        let config = format!(
-            r#"{{"Network":"10.244.0.0/16","SubnetMin":"10.244.1.0","SubnetMax":"10.244.1.0","EnableNFTables":{nftables},"Backend":{{"Type":"alloc"}}}}"#
-        );
-        std::fs::write(leases.join("config"), config).expect("written");
-        let file = directory.path().join("subnet.env");
-        let started = |round| {
-            let _ = std::fs::remove_file(&file);
-            let agent = start_agent(directory.path(), round);
-            let start = Instant::now();
-            while !file.exists() {
-                let log = directory.path().join(format!("log-{}", round % 4));
-                assert!(
-                    start.elapsed() < Duration::from_secs(10),
-                    "no subnet file: {}",
-                    std::fs::read_to_string(log).unwrap_or_default()
-                );
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            agent
-        };
-        let stop = |mut agent: Child| {
-            let pid = nix::unistd::Pid::from_raw(agent.id().cast_signed());
-            nix::sys::signal::kill(pid, nix::sys::signal::SIGTERM).expect("told");
-            assert!(agent.wait().expect("it ends").success());
-        };
-        stop(started(0));
+        let host = Host::new(nftables);
+        let start = || host.start("uplink0", &["--ip-masq"], None);
+        stop(start());
         if !nftables {
             run("iptables -P FORWARD DROP");
         }
         let tally = scene.start_traffic();
         for round in 0..100 {
             if round % 2 == 0 {
-                stop(started(round));
+                stop(start());
             } else {
-                let mut agent = start_agent(directory.path(), round);
-                std::thread::sleep(Duration::from_millis(round as u64 % 50));
+                let mut agent = host.spawn("uplink0", &["--ip-masq"], None);
+                std::thread::sleep(Duration::from_millis(round % 50));
                 agent.kill().expect("killed");
                 agent.wait().expect("it ends");
             }
