@@ -12,6 +12,7 @@ pub mod blackhole;
 mod command;
 mod events;
 pub mod iptables;
+mod kernel_chains;
 pub mod nftables;
 mod pace;
 pub mod rules;

@@ -8,13 +8,14 @@ mod text;
 mod variant;
 
 use ipnet::Ipv4Net;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use self::text::{Place, place};
 pub use self::variant::Variant;
 use super::{
     FirewallError,
     command::{self, CommandError},
+    kernel_chains,
     rules::{Chain, Judgement, Policy, Rule, System, judge},
 };
 
@@ -211,6 +212,15 @@ enum Family {
     V6,
 }
 
+impl Family {
+    fn number(self) -> u8 {
+        match self {
+            Self::V4 => kernel_chains::IP,
+            Self::V6 => kernel_chains::IP6,
+        }
+    }
+}
+
 fn program(variant: Variant, family: Family, suffix: &str) -> String {
     let program = variant.program();
     match family {
@@ -257,19 +267,14 @@ pub(super) async fn clean_except(except: Option<Variant>) -> Result<usize, Firew
     let mut failure = None;
     let is_kept = |variant: Variant| except.is_some_and(|kept| kept.is_nft() == variant.is_nft());
     for variant in [Variant::Nft, Variant::Legacy] {
-        if is_kept(variant) || (variant.is_nft() && !super::nftables::may_hold_iptables().await) {
+        if is_kept(variant) {
             continue;
         }
-        for (family, table) in [
-            (Family::V4, "nat"),
-            (Family::V4, "filter"),
-            (Family::V6, "nat"),
-            (Family::V6, "filter"),
-        ] {
+        for (family, table) in places_of(variant) {
             match clean_table(variant, family, table).await {
                 Ok(changed) => cleaned += usize::from(changed),
                 Err(error) if error.is_not_installed() => {
-                    debug!(%error, "so it has left no rules");
+                    warn!(%error, table, "so rules of an earlier run cannot be looked for");
                 }
                 Err(error) => failure = Some(error),
             }
@@ -278,14 +283,34 @@ pub(super) async fn clean_except(except: Option<Variant>) -> Result<usize, Firew
     failure.map_or(Ok(cleaned), |error| Err(error.into()))
 }
 
-async fn clean_table(variant: Variant, family: Family, table: &str) -> Result<bool, CommandError> {
-    let lacks = match family {
-        Family::V4 => variant.lacks(table),
-        Family::V6 => variant.lacks_v6(table),
+/// The tables in which `variant` may have left chains of flannel's. The kernel tells at once,
+/// while the tools would have to list every rule of every table.
+fn places_of(variant: Variant) -> Vec<(Family, &'static str)> {
+    let chains = if variant.is_nft() {
+        kernel_chains::chains()
+    } else {
+        Vec::new()
     };
-    if lacks {
-        return Ok(false);
-    }
+    let holds_ours = |family: Family, table: &str| match (variant.is_nft(), family) {
+        (true, family) => chains.iter().any(|chain| {
+            chain.family == family.number()
+                && chain.table == table
+                && Chain::ALL
+                    .map(|ours| place(ours).name)
+                    .contains(&&chain.chain[..])
+        }),
+        (false, Family::V4) => !variant.lacks(table),
+        (false, Family::V6) => !variant.lacks_v6(table),
+    };
+    let tables = [Family::V4, Family::V6]
+        .into_iter()
+        .flat_map(|family| ["nat", "filter"].map(|table| (family, table)));
+    tables
+        .filter(|(family, table)| holds_ours(*family, table))
+        .collect()
+}
+
+async fn clean_table(variant: Variant, family: Family, table: &str) -> Result<bool, CommandError> {
     let listed = list(variant, family, table, None).await?;
     let names = Chain::ALL.map(|chain| place(chain).name);
     let Some(payload) = removal(table, &names, &listed) else {

@@ -7,10 +7,13 @@ use std::{cmp::Ordering, path::Path};
 
 use tracing::{debug, info};
 
-use crate::firewall::command::{self, CommandError};
+use crate::firewall::{
+    command::{self, CommandError},
+    kernel_chains,
+};
 
 /// Chains that the kubelet makes in the table `mangle`, for exactly this purpose.
-const KUBELET_CHAINS: [&str; 2] = [":KUBE-IPTABLES-HINT ", ":KUBE-KUBELET-CANARY "];
+const KUBELET_CHAINS: [&str; 2] = ["KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"];
 
 /// Tables that are loaded in the legacy interface, one name a line.
 /// By thread, because a test has a network namespace per thread.
@@ -120,28 +123,35 @@ fn preferred(nft: Option<Holds>, legacy: Option<Holds>) -> Option<(Variant, &'st
     }
 }
 
-/// `None` if its programs are not installed.
+/// `None` if its programs are not installed. One run of a tool where that is enough.
 async fn look(variant: Variant) -> Result<Option<Holds>, CommandError> {
     let program = format!("{}-save", variant.program());
-    let mut holds = Holds::default();
-    // A table that is not loaded holds nothing, but is the program there? `--version` asks
-    // the kernel for nothing.
-    let question: &[&str] = if variant.lacks("mangle") {
-        &["--version"]
-    } else {
-        &["-t", "mangle"]
+    let kubelet = variant.is_nft() && kubelet_uses_nft();
+    // `--version` asks the kernel for nothing, but tells that the program is there.
+    let question: &[&str] = match (variant.is_nft(), variant.lacks("mangle")) {
+        (true, _) if !kubelet => &[],
+        (true, _) | (false, true) => &["--version"],
+        (false, false) => &["-t", "mangle"],
     };
-    match command::run(&program, question, "").await {
-        Ok(text) => holds.kubelet = has_kubelet_chain(&text),
+    let saved = match command::run(&program, question, "").await {
+        Ok(saved) => saved,
         Err(error) if error.is_not_installed() => return Ok(None),
-        Err(error) if error.is_refusal() => debug!(%error, "iptables variant is not usable"),
+        Err(error) if error.is_refusal() => {
+            debug!(%error, "iptables variant is not usable");
+            String::new()
+        }
         Err(error) => return Err(error),
-    }
-    if !holds.kubelet && (variant.is_nft() || legacy_is_loaded()) {
-        let saved = command::run(&program, &[], "").await.unwrap_or_default();
-        holds.rules = saved.lines().filter(|line| line.starts_with("-A ")).count();
-    }
-    Ok(Some(holds))
+    };
+    let kubelet = kubelet || has_kubelet_chain(&saved);
+    let whole = if kubelet || variant.is_nft() || !legacy_is_loaded() {
+        saved
+    } else {
+        command::run(&program, &[], "").await.unwrap_or_default()
+    };
+    Ok(Some(Holds {
+        kubelet,
+        rules: whole.lines().filter(|line| line.starts_with("-A ")).count(),
+    }))
 }
 
 fn legacy_is_loaded() -> bool {
@@ -149,9 +159,19 @@ fn legacy_is_loaded() -> bool {
 }
 
 fn has_kubelet_chain(saved: &str) -> bool {
-    saved
-        .lines()
-        .any(|line| KUBELET_CHAINS.iter().any(|chain| line.starts_with(chain)))
+    let chains = saved.lines().filter_map(|line| line.strip_prefix(':'));
+    chains
+        .filter_map(|chain| chain.split(' ').next())
+        .any(|name| KUBELET_CHAINS.contains(&name))
+}
+
+/// The same for nftables, of which the kernel itself can tell.
+fn kubelet_uses_nft() -> bool {
+    kernel_chains::chains().iter().any(|chain| {
+        chain.family == kernel_chains::IP
+            && chain.table == "mangle"
+            && KUBELET_CHAINS.contains(&&chain.chain[..])
+    })
 }
 
 /// Nothing to go by but what `iptables` means on this host.

@@ -8,12 +8,13 @@ mod text;
 
 use ipnet::Ipv4Net;
 use serde_json::Value;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use self::text::{TABLE_V4, TABLE_V6, add_tables, place};
 use super::{
     FirewallError,
     command::{self, CommandError},
+    kernel_chains,
     rules::{Chain, Policy, Rule, System, judge},
 };
 
@@ -61,7 +62,7 @@ impl Nftables {
         {
             // The kernel took nothing of it. What does it not support?
             if self.probed || !error.is_refusal() {
-                return Err(error.into());
+                return Err(with_advice(error));
             }
             self.probe().await;
             let script;
@@ -152,15 +153,19 @@ fn objects<'a>(listing: &'a Value, kind: &'a str) -> impl Iterator<Item = &'a Va
     all.filter_map(move |object| object.get(kind))
 }
 
-async fn list(what: &[&str]) -> Result<Value, FirewallError> {
-    let args = [&["-j", "list"], what].concat();
-    let text = nft(&args, "").await.map_err(|source| match source {
+fn with_advice(source: CommandError) -> FirewallError {
+    match source {
         CommandError::NotInstalled { .. } => FirewallError::NoTool {
             advice: "install nftables, or remove EnableNFTables from the network config",
             source,
         },
         source => FirewallError::Command(source),
-    })?;
+    }
+}
+
+async fn list(what: &[&str]) -> Result<Value, FirewallError> {
+    let args = [&["-j", "list"], what].concat();
+    let text = nft(&args, "").await.map_err(with_advice)?;
     serde_json::from_str(&text).map_err(|source| FirewallError::Unreadable {
         command: format!("nft {}", args.join(" ")),
         source,
@@ -168,17 +173,25 @@ async fn list(what: &[&str]) -> Result<Value, FirewallError> {
 }
 
 /// Families and names of the tables of ours that exist.
-async fn our_tables() -> Result<Vec<(&'static str, &'static str)>, FirewallError> {
-    let listing = list(&["tables"]).await?;
-    let exists = |(family, name): &(&str, &str)| {
-        objects(&listing, "table").any(|table| table["family"] == *family && table["name"] == *name)
+fn our_tables() -> Vec<(&'static str, &'static str)> {
+    let present = kernel_chains::tables();
+    let exists = |family, name: &str| {
+        present
+            .iter()
+            .any(|table| table.family == family && table.table == name)
     };
-    let ours = [("ip", TABLE_V4), ("ip6", TABLE_V6)];
-    Ok(ours.into_iter().filter(exists).collect())
+    [
+        (kernel_chains::IP, "ip", TABLE_V4),
+        (kernel_chains::IP6, "ip6", TABLE_V6),
+    ]
+    .into_iter()
+    .filter(|(family, _, name)| exists(*family, name))
+    .map(|(_, family, name)| (family, name))
+    .collect()
 }
 
 async fn observe() -> Result<State, FirewallError> {
-    let tables = our_tables().await?;
+    let tables = our_tables();
     let mut state = State {
         tables: tables.len() == 2,
         ..State::default()
@@ -196,39 +209,27 @@ async fn observe() -> Result<State, FirewallError> {
     Ok(state)
 }
 
-/// Deletes both tables. Without nft there is nothing to delete. Returns how many there were.
+/// Deletes both tables and returns how many there were.
 ///
 /// # Errors
 /// nft failed.
 pub(super) async fn clean() -> Result<usize, FirewallError> {
-    let tables = match our_tables().await {
-        Ok(tables) => tables,
-        Err(FirewallError::NoTool { source, .. }) => {
-            debug!(%source, "so it has left no tables");
-            return Ok(0);
-        }
-        Err(error) => return Err(error),
-    };
+    let tables = our_tables();
     let deletions = tables
         .iter()
         .map(|(family, name)| format!("delete table {family} {name}\n"));
     let script: String = deletions.collect();
     if !script.is_empty() {
-        run_script(&script).await?;
+        match run_script(&script).await {
+            Err(error) if error.is_not_installed() => {
+                warn!(%error, "so flannel's nftables tables of an earlier run cannot be removed");
+                return Ok(0);
+            }
+            result => result?,
+        }
         info!("removed flannel's nftables tables: iptables has the rules now");
     }
     Ok(tables.len())
-}
-
-/// False if iptables-nft has surely left no chain of flannel's. nft can tell at once, while
-/// iptables-nft would have to list every rule of a table.
-pub(super) async fn may_hold_iptables() -> bool {
-    match list(&["chains"]).await {
-        Ok(listing) => objects(&listing, "chain")
-            .filter_map(|chain| chain["name"].as_str())
-            .any(|name| name.starts_with("FLANNEL-")),
-        Err(_) => true,
-    }
 }
 
 #[cfg(test)]
