@@ -158,6 +158,31 @@ mod tests {
     }
 
     #[test]
+    fn the_table_in_the_documentation_is_this_one() {
+        let documented: Vec<&str> = include_str!("../../docs/datapath.md")
+            .lines()
+            .skip_while(|line| *line != "## Outcomes")
+            .skip(1)
+            .take_while(|line| !line.starts_with("## "))
+            .filter(|line| line.starts_with("| `"))
+            .collect();
+        let known: Vec<String> = Reason::ALL
+            .iter()
+            .map(|reason| {
+                let (label, direction) = (reason.label(), reason.direction().label());
+                let (action, text) = (reason.action().label(), reason.text());
+                format!("| `{label}` | {direction} | {action} | {text} |")
+            })
+            .collect();
+        assert_eq!(
+            documented,
+            known,
+            "docs/datapath.md, section Outcomes, should hold these rows:\n{}\n",
+            known.join("\n")
+        );
+    }
+
+    #[test]
     fn each_direction_forwards_in_exactly_one_way() {
         for direction in [Direction::Out, Direction::In] {
             let forwards = Reason::ALL.iter().filter(|reason| {

@@ -7,7 +7,7 @@
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -20,12 +20,12 @@ use tokio::{
 use tracing::{error, info, warn};
 
 use crate::{
-    backend::vxlan,
-    control,
+    backend::{alloc, vxlan},
+    control::{self, Answer, Call},
     datapath::{
         ebpf::EbpfOptions,
-        kernel_events,
-        netlink::{DeviceSpec, NetlinkDatapath, Rtnl},
+        kernel_events::{self, KernelEvent},
+        netlink::{Device, DeviceSpec, NetlinkDatapath, Rtnl},
         switch::{Preference, Switch},
     },
     firewall::{
@@ -96,21 +96,84 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
 }
 
 async fn serve(options: Options) -> anyhow::Result<()> {
-    let source = Arc::clone(&options.source);
-    let network = network_config(source.as_ref()).await?;
+    let (sender, mut calls) = mpsc::channel(16);
+    control::serve(&options.control_socket, sender)?;
+    let phase = Phase::default();
+    let started = {
+        let starting = start(&options, &phase);
+        tokio::pin!(starting);
+        loop {
+            tokio::select! {
+                started = &mut starting => break started?,
+                Some((_, answer)) = calls.recv() => {
+                    let _ = answer.send(Answer::Error(format!("the agent is starting: {}", phase.get())));
+                }
+            }
+        }
+    };
+    match started {
+        Started::Forwarding(node) => forward(&options, *node, calls).await,
+        Started::LeaseOnly(lease) => lease_only(&options, lease, calls).await,
+    }
+}
+
+/// What a start is waiting for, as `flannelctl` is told.
+#[derive(Default)]
+struct Phase(Mutex<&'static str>);
+
+impl Phase {
+    fn enter(&self, phase: &'static str) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = phase;
+    }
+
+    fn get(&self) -> &'static str {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a start came to.
+enum Started {
+    /// A node with a tunnel device.
+    Forwarding(Box<Node>),
+    /// Backend `alloc`.
+    LeaseOnly(Lease),
+}
+
+/// A node that has its device and its lease, but no peers yet.
+struct Node {
+    setup: NodeSetup,
+    rtnl: Rtnl,
+    netlink: NetlinkDatapath,
+    device: Device,
+    events: mpsc::Receiver<KernelEvent>,
+    lease: Lease,
+}
+
+async fn start(options: &Options, phase: &Phase) -> anyhow::Result<Started> {
+    let source = options.source.as_ref();
+    phase.enter("waiting for the network config");
+    let network = network_config(source).await?;
+    check_firewall(options, &network)?;
+    phase.enter("choosing the uplink");
+    let chosen = choose_uplink(&options.uplink).await?;
+    let previous = previous(&options.subnet_file);
     let BackendConfig::Vxlan(backend) = &network.backend else {
-        return lease_only(&options, &network).await;
+        phase.enter("waiting for a lease");
+        let attributes = alloc::attributes(chosen.public_ip);
+        let lease = acquire(source, &network, &attributes, previous.subnet).await?;
+        info!(subnet = %lease.key.v4, "lease acquired; backend alloc forwards nothing");
+        phase.enter("installing firewall rules");
+        set_up_firewall(options, &network, lease.key.v4, &previous).await?;
+        write_subnet_file(options, &network, lease.key.v4, chosen.mtu);
+        return Ok(Started::LeaseOnly(lease));
     };
 
-    check_firewall(&options, &network)?;
-    let chosen = choose_uplink(&options.uplink).await?;
-    let mtu = device_mtu(backend.mtu, chosen.mtu)?;
     let mut spec = DeviceSpec {
         vni: backend.vni,
         port: backend.port,
         uplink_index: chosen.index,
         local: chosen.public_ip,
-        mtu,
+        mtu: device_mtu(backend.mtu, chosen.mtu)?,
         gbp: backend.gbp,
         learning: backend.learning,
         mac: None,
@@ -125,33 +188,54 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     let device = netlink.ensure_device(&spec).await?;
     info!(device = device.name, mac = %device.mac, mtu = device.mtu, created = device.created, "tunnel device");
 
+    phase.enter("waiting for a lease");
     let attributes = vxlan::attributes(chosen.public_ip, device.mac, backend.vni);
-    let previous = previous(&options.subnet_file);
-    let lease = acquire(source.as_ref(), &network, &attributes, previous.subnet).await?;
+    let lease = acquire(source, &network, &attributes, previous.subnet).await?;
     let subnet = lease.key.v4;
     info!(%subnet, "lease acquired");
 
     spec.address = Some(subnet.network());
     let device = netlink.ensure_device(&spec).await?;
-    set_up_firewall(&options, &network, subnet, &previous).await?;
-    write_subnet_file(&options, &network, subnet, device.mtu);
+    phase.enter("installing firewall rules");
+    set_up_firewall(options, &network, subnet, &previous).await?;
+    write_subnet_file(options, &network, subnet, device.mtu);
 
-    let fast_path = options
-        .fast_path
-        .or(backend.fast_path)
-        .unwrap_or(FastPath::Off);
     let setup = NodeSetup {
         uplink: chosen,
         subnet,
         network: network.network,
         vni: backend.vni,
         port: backend.port,
-        fast_path,
+        fast_path: options
+            .fast_path
+            .or(backend.fast_path)
+            .unwrap_or(FastPath::Off),
         drop_forged: options.drop_forged,
         source: source.describe(),
     };
+    Ok(Started::Forwarding(Box::new(Node {
+        setup,
+        rtnl,
+        netlink,
+        device,
+        events,
+        lease,
+    })))
+}
+
+/// Runs the loops of a node until one of them fails.
+async fn forward(options: &Options, node: Node, calls: mpsc::Receiver<Call>) -> anyhow::Result<()> {
+    let Node {
+        setup,
+        rtnl,
+        netlink,
+        device,
+        events,
+        lease,
+    } = node;
+    let source = Arc::clone(&options.source);
     let ebpf = EbpfOptions {
-        vni: backend.vni,
+        vni: setup.vni,
         ..options.ebpf.clone()
     };
     let switch = Switch::new(
@@ -163,9 +247,8 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         switch.clear();
     }
 
-    let (calls_sender, calls) = mpsc::channel(16);
-    control::serve(&options.control_socket, calls_sender)?;
     let (peers_sender, peers) = watch::channel(Peers::default());
+    let (lease_sender, own_lease) = watch::channel(lease);
     let (ready, became_ready) = oneshot::channel();
     let inputs = Inputs {
         peers,
@@ -173,10 +256,9 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         calls,
         ready,
     };
-    let mut reconciler =
-        tokio::spawn(Reconciler::new(setup, rtnl, netlink, device, switch).run(inputs));
+    let reconciler = Reconciler::new(setup, rtnl, netlink, device, switch, own_lease.clone());
+    let mut reconciler = tokio::spawn(reconciler.run(inputs));
 
-    let (lease_sender, own_lease) = watch::channel(lease.clone());
     let (revoked_sender, revoked) = mpsc::channel(1);
     tokio::spawn(renewal::keep(
         Arc::clone(&source),
@@ -184,13 +266,12 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         revoked,
         options.renew_margin,
     ));
-    let mut follow = tokio::spawn(follow(source, own_lease, peers_sender, revoked_sender));
+    let own_key = own_lease.borrow().key;
+    let mut follow = tokio::spawn(follow(source, own_key, peers_sender, revoked_sender));
     tokio::spawn(async move {
         if became_ready.await.is_ok() {
             info!("ready: every known peer is in the kernel");
-            if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
-                warn!(%error, "cannot tell systemd");
-            }
+            tell_systemd();
         }
     });
 
@@ -201,33 +282,36 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     bail!("a part of the agent ended by itself")
 }
 
+fn tell_systemd() {
+    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+        warn!(%error, "cannot tell systemd");
+    }
+}
+
 /// Backend `alloc`: a lease and a subnet file, no forwarding.
-async fn lease_only(options: &Options, network: &NetworkConfig) -> anyhow::Result<()> {
-    check_firewall(options, network)?;
-    let chosen = choose_uplink(&options.uplink).await?;
-    let attributes = crate::backend::alloc::attributes(chosen.public_ip);
-    let previous = previous(&options.subnet_file);
-    let lease = acquire(
-        options.source.as_ref(),
-        network,
-        &attributes,
-        previous.subnet,
-    )
-    .await?;
-    info!(subnet = %lease.key.v4, "lease acquired; backend alloc forwards nothing");
-    set_up_firewall(options, network, lease.key.v4, &previous).await?;
-    write_subnet_file(options, network, lease.key.v4, chosen.mtu);
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+async fn lease_only(
+    options: &Options,
+    lease: Lease,
+    mut calls: mpsc::Receiver<Call>,
+) -> anyhow::Result<()> {
+    tell_systemd();
     let (sender, _own) = watch::channel(lease);
     let (_revoked, revocations) = mpsc::channel(1);
-    renewal::keep(
+    let renewal = renewal::keep(
         Arc::clone(&options.source),
         sender,
         revocations,
         options.renew_margin,
-    )
-    .await;
-    Ok(())
+    );
+    let refusal = async {
+        while let Some((_, answer)) = calls.recv().await {
+            let _ = answer.send(Answer::Error(
+                "backend alloc forwards nothing: there is no datapath".to_owned(),
+            ));
+        }
+    };
+    tokio::join!(renewal, refusal);
+    bail!("a part of the agent ended by itself")
 }
 
 async fn choose_uplink(choice: &UplinkChoice) -> anyhow::Result<Uplink> {
@@ -379,11 +463,10 @@ fn write_subnet_file(options: &Options, network: &NetworkConfig, subnet: Ipv4Net
 /// Carries lease events into the wanted state, and tells the renewal when the own lease went.
 async fn follow(
     source: Arc<dyn LeaseSource>,
-    own: watch::Receiver<Lease>,
+    own_key: SubnetKey,
     peers: watch::Sender<Peers>,
     revoked: mpsc::Sender<()>,
 ) {
-    let own_key = own.borrow().key;
     let mut table = LeaseTable::new(&own_key);
     let mut said_skipped = BTreeMap::new();
     loop {
@@ -423,7 +506,6 @@ async fn follow(
             peers.send_modify(|peers| {
                 peers.table = Arc::new(forwarding);
                 peers.in_sync = true;
-                peers.lease_expires = own.borrow().expires;
             });
         }
         warn!("the watch on leases ended; starting it again");

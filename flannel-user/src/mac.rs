@@ -36,7 +36,9 @@ impl FromStr for MacAddr {
         for byte in &mut bytes {
             let part = parts
                 .next()
-                .filter(|part| part.len() == 2)
+                .filter(|part| {
+                    part.len() == 2 && part.bytes().all(|digit| digit.is_ascii_hexdigit())
+                })
                 .ok_or_else(invalid)?;
             *byte = u8::from_str_radix(part, 16).map_err(|_| invalid())?;
         }
@@ -75,7 +77,7 @@ mod tests {
             "c6:d2:32:6f:8f",
             "c6:d2:32:6f:8f:44:00",
             "c6-d2-32-6f-8f-44",
-            "+6:d2:32:6f:8f:4",
+            "+6:d2:32:6f:8f:44",
             "zz:d2:32:6f:8f:44",
         ] {
             assert_eq!(text.parse::<MacAddr>(), Err(InvalidMac(text.to_owned())));

@@ -31,6 +31,7 @@ use crate::{
         switch::{Preference, Switch},
     },
     forwarding::{ForwardingTable, Via},
+    lease::Lease,
     network::FastPath,
     observe::status::{
         CounterStatus, KernelStatus, NodeStatus, PeerStatus, PodStatus, SourceStatus, Status,
@@ -50,8 +51,6 @@ pub struct Peers {
     pub table: Arc<ForwardingTable>,
     /// A snapshot has been applied and the source has no known fault.
     pub in_sync: bool,
-    /// End of the own lease; `None` for a reservation.
-    pub lease_expires: Option<SystemTime>,
 }
 
 /// What does not change while the agent lives.
@@ -81,6 +80,8 @@ struct Dirty {
     kernel: bool,
     pods: bool,
     next_hops: bool,
+    /// Ask the kernel even where nothing is known to have changed.
+    thorough: bool,
 }
 
 impl Dirty {
@@ -88,6 +89,7 @@ impl Dirty {
         kernel: true,
         pods: true,
         next_hops: true,
+        thorough: false,
     };
 
     fn any(self) -> bool {
@@ -99,6 +101,7 @@ impl Dirty {
             kernel: self.kernel || other.kernel,
             pods: self.pods || other.pods,
             next_hops: self.next_hops || other.next_hops,
+            thorough: self.thorough || other.thorough,
         }
     }
 }
@@ -120,8 +123,7 @@ fn concerns(event: &KernelEvent, device: u32, own: u32) -> Dirty {
         },
         KernelEvent::Links { index, .. } | KernelEvent::Addresses { index, .. } => Dirty {
             kernel: index == device,
-            pods: true,
-            next_hops: true,
+            ..Dirty::ALL
         },
         KernelEvent::Routes { .. } if here => Dirty::ALL,
         KernelEvent::Neighbours { index, .. } if here && index == device => Dirty {
@@ -157,6 +159,9 @@ pub struct Reconciler {
     /// No route has changed since `next_hops` was made.
     routes_settled: bool,
     kernel: KernelStatus,
+    own_lease: watch::Receiver<Lease>,
+    /// The first snapshot of leases has been seen: before it nothing may be removed.
+    seeded: bool,
 }
 
 /// What wakes the loop.
@@ -180,6 +185,7 @@ impl Reconciler {
         netlink: NetlinkDatapath,
         device: Device,
         switch: Switch,
+        own_lease: watch::Receiver<Lease>,
     ) -> Self {
         Self {
             setup,
@@ -193,6 +199,8 @@ impl Reconciler {
             next_hops: BTreeMap::new(),
             routes_settled: false,
             kernel: KernelStatus::default(),
+            own_lease,
+            seeded: false,
         }
     }
 
@@ -223,7 +231,7 @@ impl Reconciler {
                         return;
                     }
                     self.peers = peers.borrow_and_update().clone();
-                    dirty = Dirty { kernel: true, pods: ready.is_some(), next_hops: true };
+                    dirty = Dirty { pods: ready.is_some(), ..Dirty::ALL };
                 }
                 event = events.recv() => match event {
                     Some(event) => {
@@ -243,10 +251,11 @@ impl Reconciler {
                 },
                 _ = tick.tick() => {
                     self.routes_settled = false;
-                    dirty = Dirty::ALL;
+                    dirty = Dirty { thorough: true, ..Dirty::ALL };
                 }
             }
-            if dirty.any() && (self.peers.in_sync || ready.is_none()) {
+            self.seeded |= self.peers.in_sync;
+            if dirty.any() && self.seeded {
                 self.pass(dirty).await;
                 if let Some(ready) = ready.take() {
                     let _ = ready.send(());
@@ -271,16 +280,14 @@ impl Reconciler {
             let pass = self.netlink.reconcile(&table).await;
             self.note(&pass);
         }
-        if self.switch.wants_ebpf() {
-            if dirty.pods {
-                self.find_pods().await;
-            }
-            if dirty.next_hops {
-                self.find_next_hops().await;
-            }
+        if dirty.pods {
+            self.find_pods().await;
+        }
+        if dirty.next_hops && self.switch.wants_ebpf() {
+            self.find_next_hops().await;
         }
         let wanted = self.wanted();
-        self.switch.apply(&wanted);
+        self.switch.apply(&wanted, dirty.thorough);
     }
 
     fn note(&mut self, pass: &Pass) {
@@ -419,7 +426,7 @@ impl Reconciler {
                     }
                 };
                 self.switch.choose(preference);
-                if self.peers.in_sync {
+                if self.seeded {
                     self.pass(Dirty {
                         kernel: false,
                         ..Dirty::ALL
@@ -449,7 +456,7 @@ impl Reconciler {
                 subnet: *subnet,
                 node: *node,
                 vtep_mac: vtep_mac.to_string(),
-                next_hop: self.next_hops.get(node).copied(),
+                next_hop: ebpf.and(self.next_hops.get(node).copied()),
             });
         let pods = self.pods.iter().map(|pod| PodStatus {
             address: pod.address,
@@ -467,10 +474,8 @@ impl Reconciler {
                 bytes: tally.bytes,
                 text: reason.text().to_owned(),
             });
-        let expires = self
-            .peers
-            .lease_expires
-            .and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok());
+        let expires = self.own_lease.borrow().expires;
+        let expires = expires.and_then(|end| end.duration_since(SystemTime::UNIX_EPOCH).ok());
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),

@@ -11,6 +11,8 @@ mod setup;
 mod test;
 mod workspace;
 
+use std::process::ExitCode;
+
 use clap::Parser;
 
 /// What one can do with this repository, each as one command.
@@ -33,14 +35,25 @@ enum Verb {
     Kernels(kernels::Options),
 }
 
-fn main() -> anyhow::Result<()> {
-    match Verb::parse() {
-        Verb::Setup(options) => setup::run(&options),
-        Verb::BuildEbpf(options) => build_ebpf::run(&options),
-        Verb::Demo(options) => demo::run(&options),
-        Verb::Bench(options) => bench::run(&options),
-        Verb::Test(options) => test::run(&options),
-        Verb::Check(options) => check::run(&options),
-        Verb::Kernels(options) => kernels::run(&options),
+fn main() -> ExitCode {
+    // A missing tool is a sentence, not a stack trace, whatever RUST_BACKTRACE says.
+    match run(&Verb::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(verb: &Verb) -> anyhow::Result<()> {
+    match verb {
+        Verb::Setup(options) => setup::run(options),
+        Verb::BuildEbpf(options) => build_ebpf::run(options),
+        Verb::Demo(options) => demo::run(options),
+        Verb::Bench(options) => bench::run(options),
+        Verb::Test(options) => test::run(options),
+        Verb::Check(options) => check::run(options),
+        Verb::Kernels(options) => kernels::run(options),
     }
 }

@@ -117,7 +117,10 @@ pub fn listen(
 ) -> io::Result<mpsc::Receiver<KernelEvent>> {
     let mut socket = Socket::new(NETLINK_ROUTE)?;
     socket.set_non_blocking(true)?;
-    socket.set_listen_all_namespaces(true)?;
+    if let Err(error) = socket.set_listen_all_namespaces(true) {
+        // Needs CAP_NET_BROADCAST. Without it a change inside a pod is seen by the slow check.
+        warn!(%error, "changes inside pods are noticed late: CAP_NET_BROADCAST is missing");
+    }
     socket.bind(&SocketAddr::new(0, 0))?;
     let socket = NetlinkFd(socket);
     socket.receive_buffer(RECEIVE_BUFFER)?;

@@ -8,12 +8,16 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::ebpf::{EbpfDatapath, EbpfOptions, SyncReport, Wanted};
 use crate::observe::status::Mode;
+
+/// Pause between attempts after eBPF failed.
+const RETRY: Duration = Duration::from_secs(60);
 
 /// Which datapath is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -50,8 +54,10 @@ pub struct Switch {
     memory: PathBuf,
     ebpf: Option<EbpfDatapath>,
     reason: String,
-    /// Opening failed, and trying again by itself would change nothing.
-    given_up: bool,
+    /// When a failure was last met; the next attempt waits for [`RETRY`].
+    failed: Option<Instant>,
+    /// Attachments that failed, to say each once.
+    said: Vec<String>,
 }
 
 impl Switch {
@@ -70,7 +76,8 @@ impl Switch {
             memory,
             ebpf: None,
             reason,
-            given_up: false,
+            failed: None,
+            said: Vec::new(),
         }
     }
 
@@ -99,13 +106,14 @@ impl Switch {
     /// Would eBPF be on if it could? Then it is worth knowing pods and next hops.
     #[must_use]
     pub fn wants_ebpf(&self) -> bool {
-        self.preference != Preference::Netlink && !self.given_up
+        self.preference != Preference::Netlink
+            && self.failed.is_none_or(|failed| failed.elapsed() >= RETRY)
     }
 
     /// An operator's choice; takes effect with the next [`Switch::apply`].
     pub fn choose(&mut self, preference: Preference) {
         self.preference = preference;
-        self.given_up = false;
+        self.failed = None;
         self.reason = format!("an operator chose {}", preference.word());
         if let Err(error) = remember(&self.memory, preference, self.flag) {
             warn!(path = %self.memory.display(), %error, "the choice will not survive a restart");
@@ -113,7 +121,7 @@ impl Switch {
     }
 
     /// Brings the programs in line: on, filled and attached, or off without a trace.
-    pub fn apply(&mut self, wanted: &Wanted) {
+    pub fn apply(&mut self, wanted: &Wanted, thorough: bool) {
         if !self.wants_ebpf() {
             self.turn_off();
             return;
@@ -124,7 +132,7 @@ impl Switch {
             None => EbpfDatapath::open(&self.options),
         };
         let outcome = outcome.and_then(|mut ebpf| {
-            let report = ebpf.sync(wanted)?;
+            let report = ebpf.sync(wanted, thorough)?;
             Ok((ebpf, report))
         });
         match outcome {
@@ -134,28 +142,42 @@ impl Switch {
             }
             Err(cause) => {
                 // Programs with tables that are not right must not stay: the kernel path is complete.
-                error!(
-                    error = &cause as &dyn std::error::Error,
-                    "no eBPF datapath: pod traffic takes the kernel path"
-                );
-                self.reason = format!("no eBPF: {:#}", anyhow::Error::from(cause));
-                self.given_up = true;
+                let reason = format!("no eBPF: {:#}", anyhow::Error::from(cause));
+                if reason == self.reason {
+                    debug!(reason, "still no eBPF datapath");
+                } else {
+                    error!(
+                        reason,
+                        "pod traffic takes the kernel path; trying again each minute"
+                    );
+                }
+                self.reason = reason;
+                self.failed = Some(Instant::now());
                 self.clear();
             }
         }
     }
 
     fn settle(&mut self, fresh: bool, report: &SyncReport) {
-        for failure in &report.failures {
-            warn!(
-                error = failure as &dyn std::error::Error,
-                "packets there take the kernel path"
-            );
+        self.failed = None;
+        let failures = report
+            .failures
+            .iter()
+            .map(|failure| format!("{:#}", chain(failure)));
+        let failures: Vec<String> = failures.collect();
+        for failure in failures
+            .iter()
+            .filter(|failure| !self.said.contains(failure))
+        {
+            warn!(failure, "packets there take the kernel path");
         }
+        self.said = failures;
         if fresh {
-            if self.preference == Preference::Auto {
-                self.reason = "this kernel runs the programs".to_owned();
-            }
+            self.reason = match self.preference {
+                Preference::Auto => "this kernel runs the programs".to_owned(),
+                _ if self.preference == self.flag => format!("--datapath {}", self.flag.word()),
+                other => format!("an operator chose {}", other.word()),
+            };
             info!(
                 attached = report.attached,
                 reason = self.reason,
@@ -188,6 +210,15 @@ impl Switch {
             );
         }
     }
+}
+
+/// An error with its causes in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(": ")
 }
 
 fn remembered(path: &Path, flag: Preference) -> Option<Preference> {

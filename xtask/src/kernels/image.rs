@@ -14,7 +14,8 @@ use super::{modules, package::Kernel};
 use crate::{command, workspace};
 
 /// Tools of the host that the scenario calls.
-const HOST_PROGRAMS: [&str; 14] = [
+const HOST_PROGRAMS: [&str; 15] = [
+    "sh",
     "busybox",
     "modprobe",
     "ip",

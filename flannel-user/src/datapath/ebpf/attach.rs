@@ -15,9 +15,12 @@ use std::{
 use anyhow::{Context as _, anyhow};
 use aya::{
     programs::{
-        LinkOrder, SchedClassifier, TcAttachType,
+        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
         links::{FdLink, PinnedLink},
-        tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact},
+        tc::{
+            NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions, TcHandle,
+            qdisc_add_clsact,
+        },
     },
     util::KernelVersion,
 };
@@ -90,12 +93,14 @@ impl Attachments {
         self.placed.contains_key(&ifindex)
     }
 
-    /// Attaches what is missing, then detaches what is not wanted.
+    /// Attaches what is missing, then detaches what is not wanted. A `thorough`
+    /// pass also asks the kernel whether what was attached still is.
     pub(super) fn sync(
         &mut self,
         programs: &mut Programs,
         pins: &PinDir,
         wanted: &Wanted,
+        thorough: bool,
     ) -> SyncReport {
         let mut places: BTreeMap<u32, Place> = wanted
             .pods
@@ -121,11 +126,28 @@ impl Attachments {
         let mut report = SyncReport::default();
         for (ifindex, place) in &places {
             // A renamed interface keeps its program.
-            if self
+            let known = self
                 .placed
                 .get(ifindex)
-                .is_some_and(|placed| placed.program == place.program)
-            {
+                .is_some_and(|placed| placed.program == place.program);
+            if known {
+                if thorough {
+                    match self.restore(programs, pins, *ifindex, place) {
+                        Ok(false) => {}
+                        Ok(true) => {
+                            warn!(
+                                program = place.program,
+                                interface = place.interface,
+                                "something had detached the program: attached again"
+                            );
+                            report.attached += 1;
+                        }
+                        // The interface is on its way out; its event follows.
+                        Err(error) => {
+                            debug!(interface = place.interface, %error, "cannot check the program")
+                        }
+                    }
+                }
                 continue;
             }
             match self.attach(programs, pins, *ifindex, place) {
@@ -179,7 +201,35 @@ impl Attachments {
         }
     }
 
-    fn attach_clsact(&self, program: &mut SchedClassifier, interface: &str) -> anyhow::Result<()> {
+    /// Attaches again what somebody else detached; `false` if it is in place.
+    fn restore(
+        &self,
+        programs: &mut Programs,
+        pins: &PinDir,
+        ifindex: u32,
+        place: &Place,
+    ) -> anyhow::Result<bool> {
+        let program = programs.classifier(place.program)?;
+        if self.tcx {
+            // The kernel refuses one program twice on one hook.
+            let Ok(link) = fresh_tcx(program, &place.interface) else {
+                return Ok(false);
+            };
+            pin_link(link, &pins.links().join(place.pin_name(ifindex)))?;
+            return Ok(true);
+        }
+        let Ok(id) = self.fresh_clsact(program, &place.interface) else {
+            return Ok(false);
+        };
+        keep_filter(program, id)?;
+        Ok(true)
+    }
+
+    fn fresh_clsact(
+        &self,
+        program: &mut SchedClassifier,
+        interface: &str,
+    ) -> Result<SchedClassifierLinkId, ProgramError> {
         // Present already is fine: it may be ours or anybody's.
         if let Err(error) = qdisc_add_clsact(interface) {
             debug!(interface, %error, "clsact qdisc not added");
@@ -189,21 +239,22 @@ impl Attachments {
             handle: self.handle,
             ..NlOptions::default()
         };
-        let fresh = program.attach_with_options(
+        program.attach_with_options(
             interface,
             TcAttachType::Ingress,
             TcAttachOptions::Netlink(options),
-        );
-        let id = match fresh {
+        )
+    }
+
+    fn attach_clsact(&self, program: &mut SchedClassifier, interface: &str) -> anyhow::Result<()> {
+        let id = match self.fresh_clsact(program, interface) {
             Ok(id) => id,
             // A filter with our priority and handle is there: swap its program.
             Err(error) => program
                 .attach_to_link(self.clsact_link(interface)?)
                 .with_context(|| format!("adding a filter failed before: {error}"))?,
         };
-        // The filter must outlive this process; aya would remove it on drop.
-        std::mem::forget(program.take_link(id)?);
-        Ok(())
+        keep_filter(program, id)
     }
 
     fn clsact_link(&self, interface: &str) -> anyhow::Result<SchedClassifierLink> {
@@ -342,14 +393,35 @@ fn attach_tcx(
             }
         }
     }
+    pin_link(fresh_tcx(program, &place.interface)?, &target)
+}
+
+/// A link of its own, behind all others on the hook.
+fn fresh_tcx(program: &mut SchedClassifier, interface: &str) -> anyhow::Result<FdLink> {
     let id = program.attach_with_options(
-        &place.interface,
+        interface,
         TcAttachType::Ingress,
         TcAttachOptions::TcxOrder(LinkOrder::last()),
     )?;
-    let link: FdLink = program.take_link(id)?.try_into()?;
-    link.pin(&target)
+    Ok(program.take_link(id)?.try_into()?)
+}
+
+/// Pins a link in place of whatever is pinned there.
+fn pin_link(link: FdLink, target: &Path) -> anyhow::Result<()> {
+    match fs::remove_file(target) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("remove {}", target.display()));
+        }
+        _ => {}
+    }
+    link.pin(target)
         .with_context(|| format!("pin {}", target.display()))?;
+    Ok(())
+}
+
+/// Lets a filter outlive this process; aya would remove it on drop.
+fn keep_filter(program: &mut SchedClassifier, id: SchedClassifierLinkId) -> anyhow::Result<()> {
+    std::mem::forget(program.take_link(id)?);
     Ok(())
 }
 

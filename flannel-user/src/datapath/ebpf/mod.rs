@@ -19,6 +19,7 @@ mod attach;
 mod object;
 mod pins;
 mod tables;
+mod trace;
 
 use std::{collections::BTreeMap, path::PathBuf};
 
@@ -132,6 +133,7 @@ pub struct EbpfDatapath {
     tables: MapTables,
     attachments: Attachments,
     pins: PinDir,
+    _trace: Option<trace::Trace>,
 }
 
 impl EbpfDatapath {
@@ -143,6 +145,7 @@ impl EbpfDatapath {
     pub fn open(options: &EbpfOptions) -> Result<Self, EbpfError> {
         let pins = PinDir::prepare(options)?;
         let mut programs = Programs::load(Some(&pins.maps()))?;
+        let trace = trace::follow(&mut programs);
         let tables = MapTables::open(&mut programs)?;
         let attachments = Attachments::new(options.attach, options.vni);
         Ok(Self {
@@ -150,17 +153,18 @@ impl EbpfDatapath {
             tables,
             attachments,
             pins,
+            _trace: trace,
         })
     }
 
     /// Fills the maps, then attaches what is missing, then withdraws what is
     /// not wanted any more. A pass without differences makes no system call
-    /// for the maps.
+    /// for the maps. A `thorough` pass also finds programs that something else detached.
     ///
     /// # Errors
     /// A map could not be written. A program that cannot be attached is
     /// reported instead: other pods keep theirs.
-    pub fn sync(&mut self, wanted: &Wanted) -> Result<SyncReport, EbpfError> {
+    pub fn sync(&mut self, wanted: &Wanted, thorough: bool) -> Result<SyncReport, EbpfError> {
         let pods: BTreeMap<[u8; 4], LocalPod> = wanted
             .pods
             .iter()
@@ -169,7 +173,7 @@ impl EbpfDatapath {
         self.tables.fill(&wanted.node, &wanted.remotes, &pods)?;
         let report = self
             .attachments
-            .sync(&mut self.programs, &self.pins, wanted);
+            .sync(&mut self.programs, &self.pins, wanted, thorough);
         if report.failures.is_empty() {
             self.pins.forget_other_layouts()?;
         }
@@ -201,6 +205,7 @@ impl EbpfDatapath {
             tables,
             attachments,
             pins,
+            _trace,
         } = self;
         attachments.detach_all(&pins);
         drop((programs, tables));

@@ -1,0 +1,115 @@
+//! The load under which nothing may be lost: 2,000 packets a second each way
+//! and one TCP stream at full speed.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{
+    exchange::{self, RunningPing, RunningStream, SlowestSecond},
+    pod::Pod,
+    traffic::pinger::{EchoReport, PingReport},
+};
+
+/// Packets per second in each direction.
+pub const RATE: u32 = 2000;
+
+/// Running load between two pods.
+#[derive(Debug)]
+pub struct Load {
+    there: RunningPing,
+    back: RunningPing,
+    stream: RunningStream,
+    start: Instant,
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub struct LoadReport {
+    /// Client to server and back.
+    pub there: (PingReport, EchoReport),
+    /// Server to client and back.
+    pub back: (PingReport, EchoReport),
+    /// Client to server.
+    pub stream: exchange::Stream,
+}
+
+impl Load {
+    /// Starts all three, and lets the stream come up to speed.
+    ///
+    /// # Errors
+    /// When a tool does not start.
+    pub fn start(client: &Pod, server: &Pod) -> Result<Self> {
+        let load = Self {
+            there: RunningPing::start(client, server, RATE)?,
+            back: RunningPing::start(server, client, RATE)?,
+            stream: RunningStream::start(client, server, "--direction up")?,
+            start: Instant::now(),
+        };
+        std::thread::sleep(Duration::from_secs(1));
+        Ok(load)
+    }
+
+    /// Lets it run on for a while.
+    pub fn run_for(&self, time: Duration) {
+        std::thread::sleep(time);
+    }
+
+    /// Stops it; the stream needs some seconds to be judged.
+    ///
+    /// # Errors
+    /// When the connection broke.
+    pub fn finish(self) -> Result<LoadReport> {
+        let least = Duration::from_secs(3);
+        std::thread::sleep(least.saturating_sub(self.start.elapsed()));
+        Ok(LoadReport {
+            there: self.there.finish().context("client to server")?,
+            back: self.back.finish().context("server to client")?,
+            stream: self.stream.finish().context("the stream")?,
+        })
+    }
+}
+
+impl LoadReport {
+    /// Demands 0 lost, the stream's data intact, and never a second below half speed.
+    ///
+    /// # Errors
+    /// Says what was lost.
+    pub fn check(&self) -> Result<()> {
+        exchange::check_nothing_lost(&self.there).context("client to server")?;
+        exchange::check_nothing_lost(&self.back).context("server to client")?;
+        self.stream.check(1)?;
+        self.stream.check_never_below_half_speed()?;
+        ensure!(self.sent() > 0, "nothing was sent");
+        Ok(())
+    }
+
+    /// Datagrams sent in both directions.
+    #[must_use]
+    pub fn sent(&self) -> u64 {
+        self.there.0.sent + self.back.0.sent
+    }
+
+    /// A line for the log of a test.
+    #[must_use]
+    pub fn summary(&self) -> String {
+        let received = self.stream.server.received.clone().unwrap_or_default();
+        let slowest = exchange::slowest_second(&received.samples).unwrap_or(SlowestSecond {
+            share: 0.0,
+            from: 0.0,
+        });
+        format!(
+            "{} datagrams, {} lost, longest gap {:.1} ms; stream {:.2} Gbit/s, slowest second {:.0} %, {} segments sent again",
+            self.sent(),
+            self.there.0.lost + self.back.0.lost,
+            self.there.0.longest_gap_ms.max(self.back.0.longest_gap_ms),
+            received.gbit_per_second(),
+            slowest.share * 100.0,
+            self.stream
+                .client
+                .sent
+                .as_ref()
+                .map_or(0, |sent| sent.retransmissions),
+        )
+    }
+}

@@ -1,0 +1,106 @@
+//! Traffic tools: subcommands of the `lab` binary that run inside pods.
+//!
+//! Each prints `ready` when it can be talked to and one line of JSON at its
+//! end; [`crate::task::Task`] is the other side of that. A tool that runs "until
+//! told" ends when its standard input is closed.
+
+pub mod datagrams;
+pub mod forged;
+pub mod pattern;
+pub mod pinger;
+pub mod request_response;
+pub mod route;
+pub mod socket;
+pub mod stream;
+
+use std::{
+    io::{Read, Write},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+};
+
+use anyhow::Result;
+use serde::Serialize;
+
+/// Every tool's arguments.
+#[derive(Debug, clap::Subcommand)]
+pub enum Tool {
+    /// Answer every UDP datagram with itself, until told.
+    UdpEcho(pinger::EchoArgs),
+    /// Send numbered datagrams at a steady rate to an echo, and miss none.
+    UdpPing(pinger::PingArgs),
+    /// Receive datagrams of `udp-send` and say how they arrived, until told.
+    UdpReceive(datagrams::ReceiveArgs),
+    /// Send datagrams of a given size and header.
+    UdpSend(datagrams::SendArgs),
+    /// Accept one TCP stream.
+    StreamServe(stream::ServeArgs),
+    /// Run one TCP stream, data checked word by word at the receiver.
+    Stream(stream::StreamArgs),
+    /// Answer requests on one CPU, until told.
+    RrServe(request_response::ServeArgs),
+    /// Count requests and responses on one CPU.
+    Rr(request_response::ClientArgs),
+    /// Find the routers on the way.
+    Route(route::RouteArgs),
+    /// Send VXLAN packets made by hand.
+    Forge(forged::ForgeArgs),
+}
+
+impl Tool {
+    /// Runs it to its end.
+    ///
+    /// # Errors
+    /// When it cannot do its work; lost packets are a result, not an error.
+    pub fn run(&self) -> Result<()> {
+        match self {
+            Self::UdpEcho(args) => report(&pinger::echo(args)?),
+            Self::UdpPing(args) => report(&pinger::ping(args)?),
+            Self::UdpReceive(args) => report(&datagrams::receive(args)?),
+            Self::UdpSend(args) => report(&datagrams::send(args)?),
+            Self::StreamServe(args) => report(&stream::serve(args)?),
+            Self::Stream(args) => report(&stream::run(args)?),
+            Self::RrServe(args) => report(&request_response::serve(args)?),
+            Self::Rr(args) => report(&request_response::client(args)?),
+            Self::Route(args) => report(&route::find(args)?),
+            Self::Forge(args) => report(&forged::send(args)?),
+        }
+    }
+}
+
+/// The line that [`crate::task::Task::start`] waits for.
+fn ready() -> Result<()> {
+    println!("ready");
+    std::io::stdout().flush()?;
+    Ok(())
+}
+
+fn report(result: &impl Serialize) -> Result<()> {
+    println!("{}", serde_json::to_string(result)?);
+    Ok(())
+}
+
+/// Becomes true when standard input ends.
+fn told_to_finish() -> Arc<AtomicBool> {
+    let flag = Arc::new(AtomicBool::new(false));
+    let setter = Arc::clone(&flag);
+    thread::spawn(move || {
+        // A broken pipe is an end like any other.
+        let _ = std::io::stdin().read_to_end(&mut Vec::new());
+        setter.store(true, Ordering::Relaxed);
+    });
+    flag
+}
+
+/// Keeps the calling thread, and those it starts, on one CPU.
+fn pin_to(cpu: Option<usize>) -> Result<()> {
+    if let Some(cpu) = cpu {
+        let mut set = nix::sched::CpuSet::new();
+        set.set(cpu)?;
+        nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set)?;
+    }
+    Ok(())
+}
