@@ -1,7 +1,7 @@
 //! The composition root: the only file that knows every part.
 //!
 //! Order of a start (contract section 1, with the better readiness it names):
-//! source, network config, uplink, tunnel device, lease, device address,
+//! source, network config, uplink, tunnel device, lease, device address, firewall,
 //! subnet file, first snapshot in the kernel, then ready.
 
 use std::{
@@ -28,6 +28,10 @@ use crate::{
         netlink::{Device, DeviceSpec, NetlinkDatapath, Rtnl},
         switch::{Preference, Switch},
     },
+    firewall::{
+        self, Firewall, Policy, System,
+        watch::{Resync, Watch},
+    },
     lease::{Lease, SubnetKey, table::LeaseTable},
     network::{BackendConfig, FastPath, NetworkConfig},
     reconcile::{self, Inputs, NodeSetup, Peers, Reconciler},
@@ -52,8 +56,16 @@ pub struct Options {
     pub uplink: UplinkChoice,
     /// Where the result is written for the CNI plugin.
     pub subnet_file: PathBuf,
-    /// `--ip-masq`, for the subnet file.
+    /// `--ip-masq`.
     pub ip_masq: bool,
+    /// Not `--ip-masq-fully-random-disable`.
+    pub random_fully: bool,
+    /// `--iptables-forward-rules`.
+    pub forward_rules: bool,
+    /// `--iptables-resync`.
+    pub firewall_period: Duration,
+    /// `--ip-blackhole-route`.
+    pub blackhole_route: bool,
     /// How long before its end the lease is renewed.
     pub renew_margin: Duration,
     /// `--datapath`.
@@ -141,6 +153,7 @@ async fn start(options: &Options, phase: &Phase) -> anyhow::Result<Started> {
     let source = options.source.as_ref();
     phase.enter("waiting for the network config");
     let network = network_config(source).await?;
+    check_firewall(options, &network)?;
     phase.enter("choosing the uplink");
     let chosen = choose_uplink(&options.uplink).await?;
     let previous = previous(&options.subnet_file);
@@ -149,6 +162,8 @@ async fn start(options: &Options, phase: &Phase) -> anyhow::Result<Started> {
         let attributes = alloc::attributes(chosen.public_ip);
         let lease = acquire(source, &network, &attributes, previous.subnet).await?;
         info!(subnet = %lease.key.v4, "lease acquired; backend alloc forwards nothing");
+        phase.enter("installing firewall rules");
+        set_up_firewall(options, &network, lease.key.v4, &previous).await?;
         write_subnet_file(options, &network, lease.key.v4, chosen.mtu);
         return Ok(Started::LeaseOnly(lease));
     };
@@ -181,6 +196,8 @@ async fn start(options: &Options, phase: &Phase) -> anyhow::Result<Started> {
 
     spec.address = Some(subnet.network());
     let device = netlink.ensure_device(&spec).await?;
+    phase.enter("installing firewall rules");
+    set_up_firewall(options, &network, subnet, &previous).await?;
     write_subnet_file(options, &network, subnet, device.mtu);
 
     let setup = NodeSetup {
@@ -368,6 +385,63 @@ fn previous(path: &Path) -> Previous {
         );
         Previous::default()
     })
+}
+
+fn packet_filter(network: &NetworkConfig) -> System {
+    if network.enable_nftables {
+        System::Nftables
+    } else {
+        System::Iptables
+    }
+}
+
+fn policy(options: &Options, network: &NetworkConfig, subnet: Ipv4Net) -> Policy {
+    Policy {
+        network: network.network,
+        subnet,
+        masquerade: options.ip_masq,
+        random_fully: options.random_fully,
+        forward: options.forward_rules,
+    }
+}
+
+/// What can be known before anything on this host is changed.
+fn check_firewall(options: &Options, network: &NetworkConfig) -> anyhow::Result<()> {
+    // No lease yet: whether there are rules at all does not depend on the subnet.
+    let policy = policy(options, network, network.network);
+    Ok(firewall::check_bridge_netfilter(
+        packet_filter(network),
+        &policy,
+    )?)
+}
+
+/// Installs the rules, removes what another run left in the other packet filter, and keeps it so
+/// from here on.
+async fn set_up_firewall(
+    options: &Options,
+    network: &NetworkConfig,
+    subnet: Ipv4Net,
+    previous: &Previous,
+) -> anyhow::Result<()> {
+    let policy = policy(options, network, subnet);
+    let mut firewall = Firewall::open(packet_filter(network), policy, previous.network).await?;
+    let watch = Watch::new(
+        &firewall,
+        Resync {
+            period: options.firewall_period,
+            blackhole: options.blackhole_route.then_some(subnet),
+        },
+    );
+    let changed = firewall.apply().await.context("install firewall rules")?;
+    info!(?changed, "firewall rules are in order");
+    if let Err(error) = firewall.clean_other().await {
+        warn!(
+            error = &error as &dyn std::error::Error,
+            "rules of the packet filter not in use may be left"
+        );
+    }
+    tokio::spawn(watch.keep(firewall));
+    Ok(())
 }
 
 /// A file that cannot be written costs new pods, not the ones that run.

@@ -155,9 +155,25 @@ pub struct Flags {
     )]
     pub bpf_dir: PathBuf,
 
-    /// Masquerade traffic that leaves the pod network (rules are not written yet)
+    /// Masquerade traffic that leaves the pod network
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = clap::ArgAction::Set, value_parser = go_flags::boolean, help_heading = "Firewall")]
     pub ip_masq: bool,
+
+    /// Masquerade without fully random source ports
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = clap::ArgAction::Set, value_parser = go_flags::boolean, help_heading = "Firewall")]
+    pub ip_masq_fully_random_disable: bool,
+
+    /// Accept forwarded traffic from and to pods, in nftables mode as well
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value = "true", default_missing_value = "true", action = clap::ArgAction::Set, value_parser = go_flags::boolean, help_heading = "Firewall")]
+    pub iptables_forward_rules: bool,
+
+    /// How often rules (and the blackhole route) are looked at besides kernel events
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = go_flags::integer, help_heading = "Firewall")]
+    pub iptables_resync: u64,
+
+    /// Keep a blackhole route for this node's pod subnet, behind every other route to it
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", action = clap::ArgAction::Set, value_parser = go_flags::boolean, help_heading = "Firewall")]
+    pub ip_blackhole_route: bool,
 
     /// Socket of flannelctl
     #[arg(
@@ -303,9 +319,9 @@ impl Flags {
         if !(1..=MAX_RENEW_MARGIN).contains(&margin) {
             return Err(FlagsError::RenewMargin(margin));
         }
-        if flags.ip_masq {
+        if flags.iptables_resync == 0 {
             warnings.push(
-                "--ip-masq: masquerade rules are not written in this version, so pods reach the outside only if something else masquerades them; FLANNEL_IPMASQ=true still tells the CNI plugin not to"
+                "--iptables-resync is 0, which would leave no pause: looking every second"
                     .to_owned(),
             );
         }
@@ -350,6 +366,12 @@ impl Flags {
     #[must_use]
     pub fn renew_margin(&self) -> Duration {
         Duration::from_secs(self.subnet_lease_renew_margin * 60).min(self.lease_ttl / 2)
+    }
+
+    /// The period of `--iptables-resync`.
+    #[must_use]
+    pub fn firewall_period(&self) -> Duration {
+        Duration::from_secs(self.iptables_resync.max(1))
     }
 
     /// The filter for tracing that klog's verbosity stands for.

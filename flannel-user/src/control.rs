@@ -9,7 +9,7 @@ use std::{
     fs, io,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, bail};
@@ -54,6 +54,10 @@ const LONGEST_REQUEST: u64 = 64 * 1024;
 /// How long a silent client may hold its connection.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long an agent that was killed may seem to listen: a tool that it was just starting
+/// holds the socket until it runs.
+const LAST_BREATH: Duration = Duration::from_millis(500);
+
 /// Opens the socket and serves it in the background until the agent ends.
 ///
 /// # Errors
@@ -86,7 +90,13 @@ fn listen(path: &Path) -> anyhow::Result<UnixListener> {
     if let Some(directory) = path.parent() {
         fs::create_dir_all(directory).with_context(|| format!("create {}", directory.display()))?;
     }
-    match std::os::unix::net::UnixStream::connect(path) {
+    let asked = Instant::now();
+    let mut answer = std::os::unix::net::UnixStream::connect(path);
+    while answer.is_ok() && asked.elapsed() < LAST_BREATH {
+        std::thread::sleep(Duration::from_millis(10));
+        answer = std::os::unix::net::UnixStream::connect(path);
+    }
+    match answer {
         Ok(_) => bail!(
             "another agent listens on {}: stop it, or give this one another --control-socket",
             path.display()

@@ -2,7 +2,8 @@
 //!
 //! Arrows go one way: `source` → `lease` → `backend` → `forwarding` →
 //! `reconcile` → `datapath`. Kernel events and the control socket only wake
-//! the reconcile loop.
+//! the reconcile loop. `firewall` stands beside it: its rules depend on the own
+//! lease alone.
 
 pub mod agent;
 mod atomic_file;
@@ -10,6 +11,7 @@ pub mod backend;
 pub mod config;
 pub mod control;
 pub mod datapath;
+pub mod firewall;
 pub mod forwarding;
 pub mod json_object;
 pub mod lease;

@@ -34,18 +34,6 @@ pub(super) struct NotYet {
     /// Ignored: Kubernetes
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = boolean)]
     set_node_network_unavailable: Option<bool>,
-    /// Ignored: firewall rules
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = boolean)]
-    ip_masq_fully_random_disable: Option<bool>,
-    /// Ignored: firewall rules
-    #[arg(long, value_name = "SECONDS", value_parser = integer)]
-    iptables_resync: Option<u64>,
-    /// Ignored: firewall rules
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = boolean)]
-    iptables_forward_rules: Option<bool>,
-    /// Ignored: blackhole route
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = boolean)]
-    ip_blackhole_route: Option<bool>,
     /// Ignored: health endpoint
     #[arg(long, value_name = "IP")]
     healthz_ip: Option<String>,
@@ -79,15 +67,7 @@ const NO_KUBERNETES: Lack = Lack::Refused {
 /// What this version lacks for the flag; nothing if the value asks for nothing.
 fn lack_of(given: &Given) -> Option<Lack> {
     match given.name.as_str() {
-        "kube-subnet-mgr"
-        | "set-node-network-unavailable"
-        | "ip-masq-fully-random-disable"
-        | "iptables-forward-rules"
-        | "ip-blackhole-route"
-            if !given.is_on() =>
-        {
-            None
-        }
+        "kube-subnet-mgr" | "set-node-network-unavailable" if !given.is_on() => None,
         "healthz-port" if given.value.as_deref().map(integer) == Some(Ok(0)) => None,
         "kube-subnet-mgr" | "kube-api-url" | "kubeconfig-file" => Some(NO_KUBERNETES),
         "public-ipv6" => Some(Lack::Refused {
@@ -97,12 +77,6 @@ fn lack_of(given: &Given) -> Option<Lack> {
         "kube-annotation-prefix" | "net-config-path" | "set-node-network-unavailable" => {
             Some(Lack::Ignored("leases do not come from Kubernetes"))
         }
-        "ip-masq-fully-random-disable" | "iptables-resync" | "iptables-forward-rules" => Some(
-            Lack::Ignored("firewall rules are not written in this version"),
-        ),
-        "ip-blackhole-route" => Some(Lack::Ignored(
-            "the blackhole route is not available in this version",
-        )),
         "healthz-ip" | "healthz-port" => Some(Lack::Ignored(
             "the health endpoint is not available in this version; flannelctl status tells the same",
         )),

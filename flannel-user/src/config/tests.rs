@@ -34,7 +34,9 @@ fn defaults_are_flannels() {
     assert_eq!(flags.bpf_dir, PathBuf::from("/sys/fs/bpf/flannel"));
     assert!(flags.iface.is_empty() && flags.iface_regex.is_empty());
     assert_eq!((flags.public_ip, flags.iface_can_reach), (None, None));
-    assert!(!flags.ip_masq);
+    assert!(!flags.ip_masq && !flags.ip_masq_fully_random_disable && !flags.ip_blackhole_route);
+    assert!(flags.iptables_forward_rules);
+    assert_eq!(flags.firewall_period(), Duration::from_secs(5));
     assert_eq!(flags.datapath, Preference::Auto);
     assert_eq!(flags.fast_path, None);
     assert_eq!(flags.tc_attach, TcAttach::Auto);
@@ -60,9 +62,7 @@ fn one_dash_is_as_good_as_two(#[case] args: &[&str]) {
 fn a_switch_is_turned_off_with_a_value(#[case] args: &[&str], #[case] on: bool) {
     let flags = parse(args).expect("valid");
     assert_eq!(flags.ip_masq, on);
-    // As long as no rules are written, that must be said.
-    let said = flags.warnings.iter().any(|text| text.contains("--ip-masq"));
-    assert_eq!(said, on, "{:?}", flags.warnings);
+    assert_eq!(flags.warnings, [""; 0]);
 }
 
 #[test]
@@ -84,6 +84,10 @@ fn every_flag_is_read() {
         "--fast-path=direct",
         "--tc-attach=clsact",
         "--forged-vxlan=pass",
+        "--ip-masq-fully-random-disable",
+        "--iptables-forward-rules=false",
+        "--iptables-resync=0x10",
+        "--ip-blackhole-route",
         "--bpf-dir=/bpf",
         "--control-socket=/c.sock",
         "-v=4",
@@ -104,6 +108,9 @@ fn every_flag_is_read() {
     assert_eq!(flags.fast_path, Some(FastPath::Direct));
     assert_eq!(flags.tc_attach, TcAttach::Clsact);
     assert_eq!(flags.forged_vxlan, ForgedVxlan::Pass);
+    assert!(flags.ip_masq_fully_random_disable && flags.ip_blackhole_route);
+    assert!(!flags.iptables_forward_rules);
+    assert_eq!(flags.firewall_period(), Duration::from_secs(16));
     assert_eq!(flags.bpf_dir, PathBuf::from("/bpf"));
     assert_eq!(flags.control_socket, PathBuf::from("/c.sock"));
     assert!(flags.log_filter().contains("flannel_user=debug"));
@@ -116,6 +123,8 @@ fn every_flag_has_a_variable_and_the_command_line_wins() {
         ("FLANNELD_IFACE", "eth0,eth1"),
         ("FLANNELD_SUBNET_FILE", "/env"),
         ("FLANNELD_IP_MASQ", "true"),
+        ("FLANNELD_IPTABLES_FORWARD_RULES", "false"),
+        ("FLANNELD_IPTABLES_RESYNC", "7"),
         ("FLANNELD_V", "10"),
         ("FLANNELD_PUBLIC_IP", ""),
         ("FLANNELD_LEASE_TTL", "60"),
@@ -126,7 +135,8 @@ fn every_flag_has_a_variable_and_the_command_line_wins() {
     let flags = parse_with(&["--subnet-file=/line"], &env).expect("valid");
     assert_eq!(flags.subnet_file, PathBuf::from("/line"));
     assert_eq!(flags.iface, ["eth0,eth1"], "one entry, not split");
-    assert!(flags.ip_masq);
+    assert!(flags.ip_masq && !flags.iptables_forward_rules);
+    assert_eq!(flags.iptables_resync, 7);
     assert_eq!(flags.lease_ttl, Duration::from_secs(60));
     assert!(flags.log_filter().contains("flannel_user=trace"));
     let flags = parse_with(&["--iface=lo"], &env).expect("valid");
@@ -293,12 +303,10 @@ fn a_refused_variable_is_named_without_its_value() {
 #[case("--healthz-port=8081", true)]
 #[case("--healthz-port=0", false)]
 #[case("--healthz-ip=127.0.0.1", true)]
-#[case("--iptables-resync=5", true)]
-#[case("--iptables-forward-rules", true)]
+#[case("--iptables-resync=0", true)]
+#[case("--iptables-resync=5", false)]
 #[case("--iptables-forward-rules=false", false)]
-#[case("--ip-blackhole-route", true)]
-#[case("--ip-blackhole-route=false", false)]
-#[case("--ip-masq-fully-random-disable", true)]
+#[case("--ip-blackhole-route", false)]
 #[case("--kube-subnet-mgr=false", false)]
 #[case("--kube-annotation-prefix=x", true)]
 #[case("--net-config-path=/x", true)]

@@ -336,7 +336,7 @@ struct Answer {
 
 /// A netlink socket that lends its descriptor safely; `netlink_sys` gives out the raw one only.
 #[derive(Debug)]
-pub(in crate::datapath) struct NetlinkFd(pub(in crate::datapath) Socket);
+pub(crate) struct NetlinkFd(pub(crate) Socket);
 
 impl AsFd for NetlinkFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
@@ -353,7 +353,7 @@ impl AsRawFd for NetlinkFd {
 
 impl NetlinkFd {
     /// Hands the socket, which must not block, to the tokio runtime.
-    pub(in crate::datapath) fn register(self) -> io::Result<AsyncFd<Self>> {
+    pub(crate) fn register(self) -> io::Result<AsyncFd<Self>> {
         // SAFETY: `as_raw_fd` names the descriptor that the socket owns, the same one from here
         // until the socket is dropped together with its registration.
         Ok(unsafe { AsyncFd::register(self) }?)
@@ -361,7 +361,7 @@ impl NetlinkFd {
 
     /// Sets the receive buffer to `bytes`, beyond `net.core.rmem_max` where `CAP_NET_ADMIN`
     /// (which every change needs as well) allows it.
-    pub(in crate::datapath) fn receive_buffer(&self, bytes: usize) -> io::Result<()> {
+    pub(crate) fn receive_buffer(&self, bytes: usize) -> io::Result<()> {
         setsockopt(self, sockopt::RcvBufForce, &bytes)
             .or_else(|_| setsockopt(self, sockopt::RcvBuf, &bytes))
             .map_err(io::Error::from)
