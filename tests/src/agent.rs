@@ -108,6 +108,8 @@ impl AgentOptions {
             .args(["--iface", self.uplink])
             .args(["--datapath", self.datapath])
             .args(["--fast-path", self.fast_path])
+            // Scenarios that are about the firewall say so themselves.
+            .arg("--iptables-forward-rules=false")
             .args(&self.arguments)
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())

@@ -37,9 +37,10 @@ pub(super) const BUILD: [Package; 2] = [
 ];
 
 /// What the demo and the scenarios use.
-pub(super) const LAB: [Package; 12] = [
+pub(super) const LAB: [Package; 13] = [
     package("etcd-server", "etcd"),
     package("iproute2", "ip"),
+    package("openssl", "openssl"),
     package("iputils-ping", "ping"),
     package("traceroute", "traceroute"),
     package("tcpdump", "tcpdump"),
