@@ -490,6 +490,7 @@ impl Reconciler {
                 device: self.device.name.clone(),
                 vtep_mac: self.device.mac.to_string(),
                 mtu: self.device.mtu,
+                uplink_attached: ebpf.is_some_and(|ebpf| ebpf.is_attached(self.setup.uplink.index)),
             },
             source: SourceStatus {
                 source: self.setup.source.clone(),

@@ -61,6 +61,8 @@ pub struct NodeStatus {
     pub vtep_mac: String,
     /// MTU of pods, in bytes.
     pub mtu: u32,
+    /// In ebpf mode: the program of the uplink is in place.
+    pub uplink_attached: bool,
 }
 
 /// The lease source.

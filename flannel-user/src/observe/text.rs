@@ -72,6 +72,13 @@ pub fn render(status: &Status, all_counters: bool) -> Result<String, fmt::Error>
         )?;
     }
     if status.mode == Mode::Ebpf {
+        if !node.uplink_attached {
+            writeln!(
+                out,
+                "\nWARNING: no program on {}: packets of peers take the kernel path",
+                node.uplink
+            )?;
+        }
         writeln!(out, "\npods       {}", status.pods.len())?;
         for pod in &status.pods {
             let path = if pod.attached {
@@ -138,6 +145,7 @@ mod tests {
                 device: "flannel.1".to_owned(),
                 vtep_mac: "02:00:00:00:00:01".to_owned(),
                 mtu: 1450,
+                uplink_attached: true,
             },
             source: SourceStatus {
                 source: "file /leases".to_owned(),
