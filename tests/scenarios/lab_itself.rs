@@ -17,6 +17,7 @@ use lab::{
     exchange,
     host::{self, HostState},
     lab::{Lab, Underlay},
+    load::Load,
     node::{TUNNEL, UPLINK},
     original,
     paths::{Packets, Path, PathWatch, Way},
@@ -87,6 +88,42 @@ fn a_loss_is_noticed() {
         ensure!(reports.0.received > 400, "{reports:?}");
         ensure!(exchange::check_nothing_lost(&reports).is_err());
         Ok(())
+    });
+}
+
+#[test]
+fn a_standstill_is_noticed() {
+    with_two_pods(|lab, client, server| {
+        let (a, b) = lab.pair();
+        let load = Load::start(client, server)?;
+        let subnet = b.subnet()?;
+        let route = a.namespace().ip(&format!("route show {subnet}"))?;
+        load.run_for(Duration::from_secs(1));
+        a.namespace()
+            .ip(&format!("route replace blackhole {subnet}"))?;
+        load.run_for(Duration::from_millis(1200));
+        a.namespace().ip(&format!("route del blackhole {subnet}"))?;
+        a.namespace()
+            .ip(&format!("route replace {}", route.trim()))?;
+        load.run_for(Duration::from_secs(2));
+        let report = load.finish()?;
+        println!("{}", report.summary());
+        ensure!(report.check_nothing_lost().is_err());
+        // The connection lived on and its data is whole, but it stood still.
+        report.stream.check(1)?;
+        ensure!(report.stream.check_never_below_half_speed().is_err());
+        Ok(())
+    });
+}
+
+#[test]
+fn a_kernel_only_cluster_carries_the_load() {
+    with_two_pods(|_, client, server| {
+        let load = Load::start(client, server)?;
+        load.run_for(Duration::from_secs(4));
+        let report = load.finish()?;
+        println!("{}", report.summary());
+        report.check()
     });
 }
 

@@ -12,7 +12,7 @@ use lab::{
     load::{Load, RATE},
     node::{Node, TUNNEL},
     paths::Path,
-    scenario::scenario,
+    scenario::{repetitions, scenario},
 };
 
 /// Makes `flanneld` use another pin directory, as a release with another map layout does.
@@ -26,39 +26,46 @@ fn programs_outlive_their_agent_and_are_taken_over() {
         let mut cluster = Cluster::start(lab, &[Ebpf])?;
         let a = lab[0].clone();
         let load = Load::start(&cluster.client, &cluster.server)?;
-        let before = a.status()?;
-        let tunnel = a.interface_counters(TUNNEL)?;
-        let index = a.interface_index(TUNNEL)?;
-        cluster.agents.remove(0).kill9()?;
-        load.run_for(OUTAGE);
-        let agent = Agent::start(&a, &AgentOptions::in_mode(Ebpf))?;
-        load.run_for(Duration::from_secs(1));
-        let after = a.status()?;
-        // Pods' traffic never came near flannel.1, nobody made it anew, and the
-        // programs' counters went on from where they were.
-        ensure!(
-            a.interface_counters(TUNNEL)? == tunnel,
-            "flannel.1 went from {tunnel:?} to {:?}",
-            a.interface_counters(TUNNEL)?
-        );
-        ensure!(
-            a.interface_index(TUNNEL)? == index,
-            "flannel.1 was recreated"
-        );
-        ensure!(
-            before.node == after.node,
-            "{:?} became {:?}",
-            before.node,
-            after.node
-        );
-        let grown = after.packets("encapsulated") - before.packets("encapsulated");
-        let least = u64::from(RATE) * OUTAGE.as_secs();
-        ensure!(grown > least, "{grown} packets encapsulated, not {least}");
-        cluster.agents.push(agent);
+        for _ in 0..repetitions(1, 20) {
+            kill_and_take_over(&mut cluster, &a, &load)?;
+        }
         let report = load.finish()?;
         println!("kill -9: {}", report.summary());
         report.check()
     });
+}
+
+fn kill_and_take_over(cluster: &mut Cluster, a: &Node, load: &Load) -> Result<()> {
+    let before = a.status()?;
+    let tunnel = a.interface_counters(TUNNEL)?;
+    let index = a.interface_index(TUNNEL)?;
+    cluster.agents.remove(0).kill9()?;
+    load.run_for(OUTAGE);
+    let agent = Agent::start(a, &AgentOptions::in_mode(Ebpf))?;
+    cluster.agents.insert(0, agent);
+    load.run_for(Duration::from_secs(1));
+    let after = a.status()?;
+    // Pods' traffic never came near flannel.1, nobody made it anew, and the
+    // programs' counters went on from where they were.
+    ensure!(
+        a.interface_counters(TUNNEL)? == tunnel,
+        "flannel.1 went from {tunnel:?} to {:?}",
+        a.interface_counters(TUNNEL)?
+    );
+    ensure!(
+        a.interface_index(TUNNEL)? == index,
+        "flannel.1 was recreated"
+    );
+    ensure!(
+        before.node == after.node,
+        "{:?} became {:?}",
+        before.node,
+        after.node
+    );
+    let grown = after.packets("encapsulated") - before.packets("encapsulated");
+    let least = u64::from(RATE) * OUTAGE.as_secs();
+    ensure!(grown > least, "{grown} packets encapsulated, not {least}");
+    Ok(())
 }
 
 #[test]

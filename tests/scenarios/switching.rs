@@ -2,30 +2,45 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::ensure;
+use anyhow::{Result, ensure};
 use flannel_user::observe::status::Mode::{Ebpf, Netlink};
 use lab::{
     cluster::{Cluster, path_of},
     exchange,
-    load::Load,
+    load::{Load, LoadReport},
     paths::{Path, Taken},
-    scenario::scenario,
+    pod::Pod,
+    scenario::{repetitions, scenario},
 };
 
-const SWITCHES: u32 = 50;
+/// Switches in a normal and in a long run.
+const SWITCHES: (u32, u32) = (50, 500);
 const PERIOD: Duration = Duration::from_millis(200);
 
 #[test]
 fn fifty_switches_under_load_lose_nothing() {
+    fifty_switches(Load::start, LoadReport::check);
+}
+
+#[test]
+fn fifty_switches_under_a_stream_at_full_speed_lose_nothing() {
+    fifty_switches(Load::start_at_full_speed, LoadReport::check_nothing_lost);
+}
+
+fn fifty_switches(
+    start_load: impl FnOnce(&Pod, &Pod) -> Result<Load>,
+    check: impl FnOnce(&LoadReport) -> Result<()>,
+) {
     scenario(2, |lab| {
         let cluster = Cluster::start(lab, &[Ebpf])?;
         let (a, b) = cluster.nodes();
-        let load = Load::start(&cluster.client, &cluster.server)?;
+        let load = start_load(&cluster.client, &cluster.server)?;
         let mut by_programs = [0; 2];
         let mut by_kernel = [0; 2];
         let mut before = [Taken::now(a)?, Taken::now(b)?];
         let start = Instant::now();
-        for number in 1..=SWITCHES {
+        let switches = repetitions(SWITCHES.0, SWITCHES.1);
+        for number in 1..=switches {
             let due = PERIOD * number;
             std::thread::sleep(due.saturating_sub(start.elapsed()));
             // What the programs took is read before they go: their counters go with them.
@@ -42,12 +57,12 @@ fn fifty_switches_under_load_lose_nothing() {
         let took = start.elapsed();
         let report = load.finish()?;
         println!(
-            "{SWITCHES} switches of both nodes in {took:?}: {}",
+            "{switches} switches of both nodes in {took:?}: {}",
             report.summary()
         );
-        report.check()?;
+        check(&report)?;
         ensure!(
-            took < PERIOD * SWITCHES + Duration::from_secs(2),
+            took < PERIOD * switches + Duration::from_secs(2),
             "the switches took {took:?}, so they were not one each {PERIOD:?}"
         );
         // Half of the time each: 2,000 packets a second and the stream on top.

@@ -258,7 +258,7 @@ fn switch_under_load(cluster: &Cluster) -> Result<()> {
         "   {RATE} packets a second each way and a TCP stream; both nodes switch every {} ms …",
         PERIOD.as_millis()
     );
-    let load = Load::start(&cluster.client, &cluster.server)?;
+    let load = Load::start_at_full_speed(&cluster.client, &cluster.server)?;
     let start = Instant::now();
     for number in 1..=SWITCHES {
         let mode = if number % 2 == 1 { Netlink } else { Ebpf };
@@ -268,9 +268,7 @@ fn switch_under_load(cluster: &Cluster) -> Result<()> {
     }
     let report = load.finish()?;
     println!("   {SWITCHES} switches: {}", report.summary());
-    exchange::check_nothing_lost(&report.there)?;
-    exchange::check_nothing_lost(&report.back)?;
-    report.stream.check(1)
+    report.check_nothing_lost()
 }
 
 fn kill_and_restart(cluster: &mut Cluster) -> Result<()> {
@@ -281,7 +279,7 @@ fn kill_and_restart(cluster: &mut Cluster) -> Result<()> {
         a.name(),
         OUTAGE.as_secs()
     );
-    let load = Load::start(&cluster.client, &cluster.server)?;
+    let load = Load::start_at_full_speed(&cluster.client, &cluster.server)?;
     let before = a.status()?;
     cluster.agents.remove(0).kill9()?;
     load.run_for(OUTAGE);
@@ -296,9 +294,7 @@ fn kill_and_restart(cluster: &mut Cluster) -> Result<()> {
     println!(
         "   the programs went on alone and were taken over: {grown} more packets on the same counter"
     );
-    exchange::check_nothing_lost(&report.there)?;
-    exchange::check_nothing_lost(&report.back)?;
-    report.stream.check(1)?;
+    report.check_nothing_lost()?;
     ensure!(
         grown > u64::from(RATE) * OUTAGE.as_secs(),
         "the programs stood still"

@@ -1,5 +1,5 @@
 //! The load under which nothing may be lost: 2,000 packets a second each way
-//! and one TCP stream at full speed.
+//! and one TCP stream.
 
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,11 @@ use crate::{
 
 /// Packets per second in each direction.
 pub const RATE: u32 = 2000;
+
+/// Speed of a paced stream in gigabits per second: well below what two cores
+/// carry, so that a slow second is the datapath's fault and not that of whatever
+/// else runs on this machine.
+pub const PACE: f64 = 3.0;
 
 /// Running load between two pods.
 #[derive(Debug)]
@@ -35,15 +40,28 @@ pub struct LoadReport {
 }
 
 impl Load {
-    /// Starts all three, and lets the stream come up to speed.
+    /// Starts all three, the stream at [`PACE`], and lets it come up to speed.
     ///
     /// # Errors
     /// When a tool does not start.
     pub fn start(client: &Pod, server: &Pod) -> Result<Self> {
+        Self::with_stream(client, server, &format!("--direction up --pace {PACE}"))
+    }
+
+    /// The same with a stream as fast as it goes; its speed then says more about
+    /// the machine than about the datapath.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_at_full_speed(client: &Pod, server: &Pod) -> Result<Self> {
+        Self::with_stream(client, server, "--direction up")
+    }
+
+    fn with_stream(client: &Pod, server: &Pod, arguments: &str) -> Result<Self> {
         let load = Self {
             there: RunningPing::start(client, server, RATE)?,
             back: RunningPing::start(server, client, RATE)?,
-            stream: RunningStream::start(client, server, "--direction up")?,
+            stream: RunningStream::start(client, server, arguments)?,
             start: Instant::now(),
         };
         std::thread::sleep(Duration::from_secs(1));
@@ -76,10 +94,18 @@ impl LoadReport {
     /// # Errors
     /// Says what was lost.
     pub fn check(&self) -> Result<()> {
+        self.check_nothing_lost()?;
+        self.stream.check_never_below_half_speed()
+    }
+
+    /// Demands 0 lost and the stream's data intact.
+    ///
+    /// # Errors
+    /// Says what was lost.
+    pub fn check_nothing_lost(&self) -> Result<()> {
         exchange::check_nothing_lost(&self.there).context("client to server")?;
         exchange::check_nothing_lost(&self.back).context("server to client")?;
         self.stream.check(1)?;
-        self.stream.check_never_below_half_speed()?;
         ensure!(self.sent() > 0, "nothing was sent");
         Ok(())
     }

@@ -13,6 +13,17 @@ use crate::{
     lab::{Lab, Underlay},
 };
 
+/// `normal` repetitions, or `long` ones when all loops are to be long
+/// (`cargo xtask test --full`).
+#[must_use]
+pub fn repetitions(normal: u32, long: u32) -> u32 {
+    if std::env::var_os("FLANNEL_TEST_FULL").is_some() {
+        long
+    } else {
+        normal
+    }
+}
+
 /// Runs `body` in a lab of `nodes` nodes.
 ///
 /// # Panics

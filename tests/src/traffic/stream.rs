@@ -65,6 +65,10 @@ pub struct StreamArgs {
     /// Seconds to send.
     #[arg(long, default_value_t = 0.0)]
     seconds: f64,
+    /// Send at most so many gigabits per second (`SO_MAX_PACING_RATE`): no bursts
+    /// that would make up for a standstill.
+    #[arg(long)]
+    pace: Option<f64>,
     /// Stay on this CPU.
     #[arg(long)]
     cpu: Option<usize>,
@@ -198,6 +202,15 @@ pub fn run(args: &StreamArgs) -> Result<StreamReport> {
     pin_to(args.cpu)?;
     let mut connection =
         TcpStream::connect(args.to).with_context(|| format!("cannot connect to {}", args.to))?;
+    if let Some(gbit) = args.pace {
+        let bytes_per_second = (gbit * 1e9 / 8.0) as u64;
+        socket::set_bytes(
+            &connection,
+            libc::SOL_SOCKET,
+            libc::SO_MAX_PACING_RATE,
+            &bytes_per_second.to_ne_bytes(),
+        )?;
+    }
     let plan = Plan {
         direction: args.direction,
         bytes: args.bytes,
