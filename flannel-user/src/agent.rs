@@ -209,7 +209,7 @@ async fn start(options: &Options, phase: &Phase) -> anyhow::Result<Started> {
         fast_path: options
             .fast_path
             .or(backend.fast_path)
-            .unwrap_or(FastPath::Off),
+            .unwrap_or(FastPath::Learned),
         drop_forged: options.drop_forged,
         source: source.describe(),
     };
@@ -236,6 +236,7 @@ async fn forward(options: &Options, node: Node, calls: mpsc::Receiver<Call>) -> 
     let source = Arc::clone(&options.source);
     let ebpf = EbpfOptions {
         vni: setup.vni,
+        conntrack_memory: options.control_socket.with_extension("conntrack"),
         ..options.ebpf.clone()
     };
     let switch = Switch::new(

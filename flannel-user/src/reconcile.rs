@@ -162,6 +162,8 @@ pub struct Reconciler {
     own_lease: watch::Receiver<Lease>,
     /// The first snapshot of leases has been seen: before it nothing may be removed.
     seeded: bool,
+    /// Mixed into the programs' hashes.
+    seed: u32,
 }
 
 /// What wakes the loop.
@@ -201,6 +203,7 @@ impl Reconciler {
             kernel: KernelStatus::default(),
             own_lease,
             seeded: false,
+            seed: rand::random(),
         }
     }
 
@@ -376,6 +379,8 @@ impl Reconciler {
     fn wanted(&self) -> Wanted {
         let facts = NodeFacts {
             uplink: self.setup.uplink.index,
+            tunnel: self.device.index,
+            seed: self.seed,
             vni: self.setup.vni,
             port: self.setup.port,
             pod_mtu: self.device.mtu,
@@ -408,6 +413,7 @@ impl Reconciler {
         Wanted {
             node: node_config::compose(&facts, &KernelSettings::read()),
             uplink: self.setup.uplink.name.clone(),
+            tunnel: self.device.name.clone(),
             remotes: remotes.collect(),
             pods: self.pods.clone(),
         }

@@ -8,6 +8,7 @@
 mod bad_input;
 mod forged;
 mod lab_itself;
+mod learned;
 mod mixed_cluster;
 mod offload;
 mod pairings;

@@ -1,5 +1,6 @@
 //! The two datapaths: the kernel's own, always complete, and eBPF above it.
 
+pub mod conntrack;
 pub mod ebpf;
 pub mod kernel_events;
 pub mod netlink;

@@ -23,6 +23,7 @@ pub fn render(status: &Status, all_counters: bool) -> Result<String, fmt::Error>
         FastPath::Off => {
             "off (programs count, the kernel forwards; switch on with --fast-path direct)"
         }
+        FastPath::Learned => "learned (flows go the way that the kernel has shown)",
         FastPath::Direct => "direct (every packet to a peer's subnet; blind to netfilter rules)",
     };
     writeln!(out, "fast path  {fast_path}")?;
