@@ -180,7 +180,7 @@ fn an_unreadable_variable_is_named(#[case] name: &str, #[case] value: &str) {
 #[case(&["--lease-ttl=0"], "at least one second")]
 #[case(&["--public-ip=host"], "--public-ip")]
 #[case(&["--ip-masq=maybe"], "expected true or false")]
-#[case(&["--fast-path=lerned"], "off, direct")]
+#[case(&["--fast-path=lerned"], "off, learned, direct")]
 #[case(&["--ip-masq", "true"], "--ip-masq=true")]
 #[case(&["--", "x"], "\"x\"")]
 #[case(&["-"], "\"-\"")]
