@@ -1,8 +1,10 @@
-//! The composition root: the only file that knows every part.
+//! The composition root: the only module that knows every part.
 //!
 //! Order of a start (contract section 1, with the better readiness it names):
 //! source, network config, uplink, tunnel device, lease, device address, firewall,
 //! subnet file, first snapshot in the kernel, then ready.
+
+mod firewall;
 
 use std::{
     collections::BTreeMap,
@@ -27,10 +29,6 @@ use crate::{
         kernel_events::{self, KernelEvent},
         netlink::{Device, DeviceSpec, NetlinkDatapath, Rtnl},
         switch::{Preference, Switch},
-    },
-    firewall::{
-        self, Firewall, Policy, System,
-        watch::{Resync, Watch},
     },
     lease::{Lease, SubnetKey, table::LeaseTable},
     network::{BackendConfig, FastPath, NetworkConfig},
@@ -153,7 +151,7 @@ async fn start(options: &Options, phase: &Phase) -> anyhow::Result<Started> {
     let source = options.source.as_ref();
     phase.enter("waiting for the network config");
     let network = network_config(source).await?;
-    check_firewall(options, &network)?;
+    firewall::check(options, &network)?;
     phase.enter("choosing the uplink");
     let chosen = choose_uplink(&options.uplink).await?;
     let previous = previous(&options.subnet_file);
@@ -163,7 +161,7 @@ async fn start(options: &Options, phase: &Phase) -> anyhow::Result<Started> {
         let lease = acquire(source, &network, &attributes, previous.subnet).await?;
         info!(subnet = %lease.key.v4, "lease acquired; backend alloc forwards nothing");
         phase.enter("installing firewall rules");
-        set_up_firewall(options, &network, lease.key.v4, &previous).await?;
+        firewall::set_up(options, &network, lease.key.v4, &previous).await?;
         write_subnet_file(options, &network, lease.key.v4, chosen.mtu);
         return Ok(Started::LeaseOnly(lease));
     };
@@ -197,7 +195,7 @@ async fn start(options: &Options, phase: &Phase) -> anyhow::Result<Started> {
     spec.address = Some(subnet.network());
     let device = netlink.ensure_device(&spec).await?;
     phase.enter("installing firewall rules");
-    set_up_firewall(options, &network, subnet, &previous).await?;
+    firewall::set_up(options, &network, subnet, &previous).await?;
     write_subnet_file(options, &network, subnet, device.mtu);
 
     let setup = NodeSetup {
@@ -385,63 +383,6 @@ fn previous(path: &Path) -> Previous {
         );
         Previous::default()
     })
-}
-
-fn packet_filter(network: &NetworkConfig) -> System {
-    if network.enable_nftables {
-        System::Nftables
-    } else {
-        System::Iptables
-    }
-}
-
-fn policy(options: &Options, network: &NetworkConfig, subnet: Ipv4Net) -> Policy {
-    Policy {
-        network: network.network,
-        subnet,
-        masquerade: options.ip_masq,
-        random_fully: options.random_fully,
-        forward: options.forward_rules,
-    }
-}
-
-/// What can be known before anything on this host is changed.
-fn check_firewall(options: &Options, network: &NetworkConfig) -> anyhow::Result<()> {
-    // No lease yet: whether there are rules at all does not depend on the subnet.
-    let policy = policy(options, network, network.network);
-    Ok(firewall::check_bridge_netfilter(
-        packet_filter(network),
-        &policy,
-    )?)
-}
-
-/// Installs the rules, removes what another run left in the other packet filter, and keeps it so
-/// from here on.
-async fn set_up_firewall(
-    options: &Options,
-    network: &NetworkConfig,
-    subnet: Ipv4Net,
-    previous: &Previous,
-) -> anyhow::Result<()> {
-    let policy = policy(options, network, subnet);
-    let mut firewall = Firewall::open(packet_filter(network), policy, previous.network).await?;
-    let watch = Watch::new(
-        &firewall,
-        Resync {
-            period: options.firewall_period,
-            blackhole: options.blackhole_route.then_some(subnet),
-        },
-    );
-    let changed = firewall.apply().await.context("install firewall rules")?;
-    info!(?changed, "firewall rules are in order");
-    if let Err(error) = firewall.clean_other().await {
-        warn!(
-            error = &error as &dyn std::error::Error,
-            "rules of the packet filter not in use may be left"
-        );
-    }
-    tokio::spawn(watch.keep(firewall));
-    Ok(())
 }
 
 /// A file that cannot be written costs new pods, not the ones that run.
