@@ -15,4 +15,5 @@ mod pods;
 mod repair;
 mod restart;
 mod switching;
+mod uplink_changes;
 mod wire;
