@@ -33,6 +33,7 @@ use crate::{
         switch::{Preference, Switch},
         tunnel_mtu::TunnelMtu,
     },
+    health::{self, Health},
     lease::{Lease, LeaseAttributes, SubnetKey, table::LeaseTable},
     network::{BackendConfig, FastPath, NetworkConfig},
     reconcile::{self, Inputs, NodeSetup, Peers, Reconciler, Told},
@@ -78,6 +79,8 @@ pub struct Options {
     pub drop_forged: bool,
     /// Where `flannelctl` finds this agent.
     pub control_socket: PathBuf,
+    /// `--healthz-ip` and `--healthz-port`, if there is to be an answer.
+    pub healthz: Option<(String, u16)>,
     /// Where and how programs live; the VNI is filled in from the network config.
     pub ebpf: EbpfOptions,
 }
@@ -100,6 +103,10 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
 async fn serve(options: Options) -> anyhow::Result<()> {
     let (sender, mut calls) = mpsc::channel(16);
     control::serve(&options.control_socket, sender)?;
+    let health = Arc::new(Health::default());
+    if let Some((ip, port)) = &options.healthz {
+        health::serve(ip, *port, Arc::clone(&health)).await?;
+    }
     let phase = Phase::default();
     let started = {
         let starting = start(&options, &phase);
@@ -114,8 +121,8 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         }
     };
     match started {
-        Started::Forwarding(node) => forward(&options, *node, calls).await,
-        Started::LeaseOnly(node) => lease_only(&options, *node, calls).await,
+        Started::Forwarding(node) => forward(&options, *node, calls, health).await,
+        Started::LeaseOnly(node) => lease_only(&options, *node, calls, health).await,
     }
 }
 
@@ -243,7 +250,12 @@ async fn start(options: &Options, phase: &Phase) -> anyhow::Result<Started> {
 }
 
 /// Runs the loops of a node until one of them fails.
-async fn forward(options: &Options, node: Node, calls: mpsc::Receiver<Call>) -> anyhow::Result<()> {
+async fn forward(
+    options: &Options,
+    node: Node,
+    calls: mpsc::Receiver<Call>,
+    health: Arc<Health>,
+) -> anyhow::Result<()> {
     let Node {
         setup,
         announced,
@@ -282,6 +294,7 @@ async fn forward(options: &Options, node: Node, calls: mpsc::Receiver<Call>) -> 
         own_lease.borrow().attributes.clone(),
         Some(setup.vni),
         announced,
+        &health,
     );
     let inputs = Inputs {
         peers,
@@ -289,6 +302,7 @@ async fn forward(options: &Options, node: Node, calls: mpsc::Receiver<Call>) -> 
         events,
         calls,
         ready,
+        health: Arc::clone(&health),
     };
     let reconciler = Reconciler::new(
         setup,
@@ -314,6 +328,7 @@ async fn forward(options: &Options, node: Node, calls: mpsc::Receiver<Call>) -> 
     tokio::spawn(async move {
         if became_ready.await.is_ok() {
             info!("ready: every known peer is in the kernel");
+            health.peers_are_programmed();
             tell_systemd();
         }
     });
@@ -349,9 +364,16 @@ fn republish(
     published: LeaseAttributes,
     vni: Option<u32>,
     announced: Announced,
+    health: &Arc<Health>,
 ) -> watch::Receiver<LeaseAttributes> {
     let (sender, attributes) = watch::channel(published);
-    tokio::spawn(republish::keep(told, sender, vni, announced));
+    tokio::spawn(republish::keep(
+        told,
+        sender,
+        vni,
+        announced,
+        Arc::clone(health),
+    ));
     attributes
 }
 
@@ -360,7 +382,9 @@ async fn lease_only(
     options: &Options,
     node: LeaseOnly,
     mut calls: mpsc::Receiver<Call>,
+    health: Arc<Health>,
 ) -> anyhow::Result<()> {
+    health.peers_are_programmed();
     tell_systemd();
     let told = Told {
         public_ip: node.uplink.public_ip,
@@ -370,7 +394,13 @@ async fn lease_only(
     let (told_sender, told) = watch::channel(told);
     let uplink = follow_uplink(options, &node.uplink);
     tokio::spawn(republish::tell_of_uplink(uplink, told_sender));
-    let attributes = republish(told, node.lease.attributes.clone(), None, node.announced);
+    let attributes = republish(
+        told,
+        node.lease.attributes.clone(),
+        None,
+        node.announced,
+        &health,
+    );
     let (sender, _own) = watch::channel(node.lease);
     let (_revoked, revocations) = mpsc::channel(1);
     let renewal = renewal::keep(

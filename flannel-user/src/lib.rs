@@ -13,6 +13,7 @@ pub mod control;
 pub mod datapath;
 pub mod firewall;
 pub mod forwarding;
+pub mod health;
 pub mod json_object;
 pub mod lease;
 pub mod mac;

@@ -34,6 +34,7 @@ use crate::{
         tunnel_mtu::TunnelMtu,
     },
     forwarding::{ForwardingTable, Via},
+    health::Health,
     lease::Lease,
     network::FastPath,
     observe::status::{
@@ -186,6 +187,8 @@ pub struct Inputs {
     pub events: mpsc::Receiver<KernelEvent>,
     /// The control socket.
     pub calls: mpsc::Receiver<Call>,
+    /// Told at each turn of the loop.
+    pub health: Arc<Health>,
     /// Told once when the first snapshot is in the kernel.
     pub ready: oneshot::Sender<()>,
 }
@@ -231,11 +234,13 @@ impl Reconciler {
             mut events,
             mut calls,
             ready,
+            health,
         } = inputs;
         let mut ready = Some(ready);
         let mut tick = tokio::time::interval_at(Instant::now() + SLOW_CHECK, SLOW_CHECK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            health.beat();
             let mut dirty = Dirty::default();
             tokio::select! {
                 biased;

@@ -7,6 +7,7 @@
 
 mod bad_input;
 mod forged;
+mod health;
 mod lab_itself;
 mod mixed_cluster;
 mod offload;

@@ -1,13 +1,14 @@
 //! Carries what changed about this node to those who have to know: peers by the lease, pods by
 //! the subnet file.
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::sync::watch;
 use tracing::{error, info};
 
 use crate::{
     backend::{alloc, vxlan},
+    health::Health,
     lease::LeaseAttributes,
     reconcile::Told,
     subnet_file::SubnetFile,
@@ -56,8 +57,10 @@ pub(super) async fn keep(
     attributes: watch::Sender<LeaseAttributes>,
     vni: Option<u32>,
     mut announced: Announced,
+    health: Arc<Health>,
 ) {
     loop {
+        health.pods_can_start(announced.is_written);
         tokio::select! {
             changed = told.changed() => if changed.is_err() {
                 return;
