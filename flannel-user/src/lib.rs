@@ -11,6 +11,7 @@ pub mod backend;
 pub mod config;
 pub mod control;
 pub mod datapath;
+pub mod docker_opts;
 pub mod firewall;
 pub mod forwarding;
 pub mod health;
