@@ -7,6 +7,7 @@
 
 mod bad_input;
 mod forged;
+mod health;
 mod lab_itself;
 mod learned;
 mod mixed_cluster;
@@ -16,4 +17,5 @@ mod pods;
 mod repair;
 mod restart;
 mod switching;
+mod uplink_changes;
 mod wire;

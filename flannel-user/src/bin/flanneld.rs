@@ -59,6 +59,7 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
         fast_path: flags.fast_path,
         drop_forged: flags.forged_vxlan == ForgedVxlan::Drop,
         control_socket: flags.control_socket.clone(),
+        healthz: flags.healthz().map(|(ip, port)| (ip.to_owned(), port)),
         ebpf: EbpfOptions {
             bpf_dir: flags.bpf_dir.clone(),
             vni: 0,

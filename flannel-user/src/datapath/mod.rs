@@ -8,3 +8,4 @@ pub mod next_hop;
 pub mod node_config;
 pub mod pods;
 pub mod switch;
+pub mod tunnel_mtu;
