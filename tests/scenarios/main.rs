@@ -8,6 +8,8 @@
 mod bad_input;
 mod forged;
 mod lab_itself;
+mod learned_closing;
+mod learned_policy;
 mod learned_works;
 mod mixed_cluster;
 mod offload;
