@@ -8,8 +8,13 @@
 mod bad_input;
 mod forged;
 mod lab_itself;
+mod learned_attack;
 mod learned_closing;
+mod learned_conntrack_idle;
+mod learned_many_flows;
 mod learned_policy;
+mod learned_shaped;
+mod learned_switching;
 mod learned_works;
 mod mixed_cluster;
 mod offload;

@@ -180,19 +180,27 @@ impl Kube {
         connections(self.client().namespace(), to, ending, arguments)
     }
 
-    /// Runs many request/response flows of one process to one process.
+    /// Runs many request/response flows of one process to one process; with
+    /// `cpu` both stay there.
     ///
     /// # Errors
     /// When a tool failed; flows that did are a result.
-    pub fn many_flows(&self, via: Via, protocol: Protocol, arguments: &str) -> Result<ManyReport> {
-        let word = protocol.name();
+    pub fn many_flows(
+        &self,
+        via: Via,
+        protocol: Protocol,
+        arguments: &str,
+        cpu: Option<usize>,
+    ) -> Result<ManyReport> {
+        let common = format!("--protocol {}", protocol.name());
+        let place = cpu.map_or_else(String::new, |cpu| format!("--cpu {cpu}"));
         let server = self
             .server()
-            .tool(&format!("many-serve --protocol {word} --port {MANY_PORT}"))?;
+            .tool(&format!("many-serve {common} --port {MANY_PORT} {place}"))?;
         let target = self.target(via, MANY_PORT);
         let report = self
             .client()
-            .tool(&format!("many --protocol {word} --to {target} {arguments}"))?
+            .tool(&format!("many {common} --to {target} {arguments} {place}"))?
             .result()?;
         drop(server);
         Ok(report)

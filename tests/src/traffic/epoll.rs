@@ -86,12 +86,12 @@ impl Epoll {
     }
 }
 
-/// Allows this process as many open sockets as root may have.
+/// Allows this process as many open sockets as its hard limit says.
 ///
 /// # Errors
 /// When the kernel refuses.
 pub fn allow_many_sockets() -> io::Result<()> {
-    use nix::sys::resource::{Resource, setrlimit};
-    const MANY: u64 = 100_000;
-    setrlimit(Resource::RLIMIT_NOFILE, MANY, MANY).map_err(io::Error::from)
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map_err(io::Error::from)
 }

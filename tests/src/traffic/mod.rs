@@ -11,6 +11,7 @@ pub mod forged;
 pub mod many_flows;
 pub mod pattern;
 pub mod pinger;
+pub mod queue;
 pub mod raw_udp;
 pub mod request_response;
 pub mod route;
@@ -58,6 +59,8 @@ pub enum Tool {
     ConnectionsServe(connections::ServeArgs),
     /// Make TCP connections that end in a chosen way.
     Connections(connections::ClientArgs),
+    /// Take packets from an NFQUEUE rule and let them go on, until told.
+    Queue(queue::QueueArgs),
     /// Answer many flows at once, until told.
     ManyServe(many_flows::ServeArgs),
     /// Many request/response flows at once.
@@ -84,6 +87,7 @@ impl Tool {
             Self::RawUdp(args) => report(&raw_udp::send(args)?),
             Self::ConnectionsServe(args) => report(&connections::serve(args)?),
             Self::Connections(args) => report(&connections::client(args)?),
+            Self::Queue(args) => report(&queue::pass_on(args)?),
             Self::ManyServe(args) => report(&many_flows::serve(args)?),
             Self::Many(args) => report(&many_flows::client(args)?),
         }
