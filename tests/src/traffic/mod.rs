@@ -4,10 +4,15 @@
 //! end; [`crate::task::Task`] is the other side of that. A tool that runs "until
 //! told" ends when its standard input is closed.
 
+pub mod connections;
 pub mod datagrams;
+pub mod epoll;
 pub mod forged;
+pub mod many_flows;
 pub mod pattern;
 pub mod pinger;
+pub mod queue;
+pub mod raw_udp;
 pub mod request_response;
 pub mod route;
 pub mod socket;
@@ -48,6 +53,18 @@ pub enum Tool {
     Route(route::RouteArgs),
     /// Send VXLAN packets made by hand.
     Forge(forged::ForgeArgs),
+    /// Send UDP packets whose headers are made by hand.
+    RawUdp(raw_udp::RawArgs),
+    /// Accept TCP connections and end each as its client asks, until told.
+    ConnectionsServe(connections::ServeArgs),
+    /// Make TCP connections that end in a chosen way.
+    Connections(connections::ClientArgs),
+    /// Take packets from an NFQUEUE rule and let them go on, until told.
+    Queue(queue::QueueArgs),
+    /// Answer many flows at once, until told.
+    ManyServe(many_flows::ServeArgs),
+    /// Many request/response flows at once.
+    Many(many_flows::ClientArgs),
 }
 
 impl Tool {
@@ -67,6 +84,12 @@ impl Tool {
             Self::Rr(args) => report(&request_response::client(args)?),
             Self::Route(args) => report(&route::find(args)?),
             Self::Forge(args) => report(&forged::send(args)?),
+            Self::RawUdp(args) => report(&raw_udp::send(args)?),
+            Self::ConnectionsServe(args) => report(&connections::serve(args)?),
+            Self::Connections(args) => report(&connections::client(args)?),
+            Self::Queue(args) => report(&queue::pass_on(args)?),
+            Self::ManyServe(args) => report(&many_flows::serve(args)?),
+            Self::Many(args) => report(&many_flows::client(args)?),
         }
     }
 }
