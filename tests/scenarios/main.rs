@@ -8,6 +8,7 @@
 mod bad_input;
 mod forged;
 mod lab_itself;
+mod learned_works;
 mod mixed_cluster;
 mod offload;
 mod pairings;

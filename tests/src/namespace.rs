@@ -192,6 +192,15 @@ impl Namespace {
         self.checked(&argv.join(" "), &output)
     }
 
+    /// The same with something to read on its standard input.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn run_with_input(&self, argv: &[&str], input: &str) -> Result<String> {
+        let output = self.output_with_input(argv, input)?;
+        self.checked(&argv.join(" "), &output)
+    }
+
     fn checked(&self, what: &str, output: &Output) -> Result<String> {
         let out = String::from_utf8_lossy(&output.stdout);
         ensure!(

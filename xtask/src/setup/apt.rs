@@ -37,7 +37,7 @@ pub(super) const BUILD: [Package; 2] = [
 ];
 
 /// What the demo and the scenarios use.
-pub(super) const LAB: [Package; 13] = [
+pub(super) const LAB: [Package; 15] = [
     package("etcd-server", "etcd"),
     package("iproute2", "ip"),
     package("openssl", "openssl"),
@@ -48,6 +48,8 @@ pub(super) const LAB: [Package; 13] = [
     package("iperf3", "iperf3"),
     package("nftables", "nft"),
     package("iptables", "iptables"),
+    package("ipset", "ipset"),
+    package("conntrack", "conntrack"),
     package("kmod", "modprobe"),
     package("procps", "sysctl"),
     package("util-linux", "nsenter"),
