@@ -16,6 +16,7 @@ pub mod binaries;
 pub mod capture;
 pub mod cluster;
 pub mod demo;
+pub mod etcd;
 pub mod exchange;
 pub mod guest;
 pub mod host;

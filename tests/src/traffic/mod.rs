@@ -4,8 +4,12 @@
 //! end; [`crate::task::Task`] is the other side of that. A tool that runs "until
 //! told" ends when its standard input is closed.
 
+pub mod connections;
 pub mod datagrams;
+pub mod flood;
+pub mod flows;
 pub mod forged;
+pub mod latency;
 pub mod pattern;
 pub mod pinger;
 pub mod request_response;
@@ -44,6 +48,20 @@ pub enum Tool {
     RrServe(request_response::ServeArgs),
     /// Count requests and responses on one CPU.
     Rr(request_response::ClientArgs),
+    /// Ask once in every new UDP flow, on one CPU.
+    RrFirst(request_response::FirstArgs),
+    /// Serve short connections on one CPU, until told.
+    CrrServe(connections::ServeArgs),
+    /// Count short connections on one CPU.
+    Crr(connections::ClientArgs),
+    /// Answer on many ports on one CPU, until told.
+    FlowsServe(flows::ServeArgs),
+    /// Ask once in each of many UDP flows in turn, on one CPU.
+    Flows(flows::FlowsArgs),
+    /// Count datagrams, until told.
+    UdpSink(flood::SinkArgs),
+    /// Send datagrams as fast as one CPU can.
+    UdpFlood(flood::FloodArgs),
     /// Find the routers on the way.
     Route(route::RouteArgs),
     /// Send VXLAN packets made by hand.
@@ -65,6 +83,13 @@ impl Tool {
             Self::Stream(args) => report(&stream::run(args)?),
             Self::RrServe(args) => report(&request_response::serve(args)?),
             Self::Rr(args) => report(&request_response::client(args)?),
+            Self::RrFirst(args) => report(&request_response::first(args)?),
+            Self::CrrServe(args) => report(&connections::serve(args)?),
+            Self::Crr(args) => report(&connections::client(args)?),
+            Self::FlowsServe(args) => report(&flows::serve(args)?),
+            Self::Flows(args) => report(&flows::client(args)?),
+            Self::UdpSink(args) => report(&flood::sink(args)?),
+            Self::UdpFlood(args) => report(&flood::flood(args)?),
             Self::Route(args) => report(&route::find(args)?),
             Self::Forge(args) => report(&forged::send(args)?),
         }
