@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, File},
+    net::SocketAddrV4,
     path::PathBuf,
     process::{Child, Command, ExitStatus, Stdio},
     sync::atomic::{AtomicU32, Ordering},
@@ -40,6 +41,12 @@ pub struct AgentOptions {
     pub environment: Vec<(&'static str, String)>,
     /// With the rights to load programs.
     pub bpf: bool,
+    /// Another `flanneld` than the one under test.
+    pub program: Option<PathBuf>,
+    /// Leases from etcd at this address instead of the lab's directory.
+    pub etcd: Option<SocketAddrV4>,
+    /// With no flag that the original flannel lacks: everything else by default.
+    pub plain: bool,
 }
 
 impl Default for AgentOptions {
@@ -51,6 +58,9 @@ impl Default for AgentOptions {
             arguments: Vec::new(),
             environment: Vec::new(),
             bpf: true,
+            program: None,
+            etcd: None,
+            plain: false,
         }
     }
 }
@@ -97,7 +107,7 @@ impl AgentOptions {
     }
 
     fn command(&self, node: &Node) -> Result<Command> {
-        let flanneld = binaries::flanneld()?;
+        let flanneld = self.program.clone().map_or_else(binaries::flanneld, Ok)?;
         let mut command = if self.bpf {
             node.namespace().command(flanneld)
         } else {
@@ -107,20 +117,25 @@ impl AgentOptions {
                 .arg(flanneld);
             command
         };
+        match self.etcd {
+            Some(at) => command.arg(format!("--etcd-endpoints=http://{at}")),
+            None => command.arg("--lease-dir").arg(node.lease_dir()),
+        };
         command
-            .arg("--lease-dir")
-            .arg(node.lease_dir())
             .args(["--subnet-file", SUBNET_FILE])
-            .args(["--control-socket", CONTROL_SOCKET])
             .args(["--iface", self.uplink])
-            .args(["--datapath", self.datapath])
-            .args(["--fast-path", self.fast_path])
             // Scenarios that are about the firewall say so themselves.
             .arg("--iptables-forward-rules=false")
             .args(&self.arguments)
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::null());
+        if !self.plain {
+            command
+                .args(["--control-socket", CONTROL_SOCKET])
+                .args(["--datapath", self.datapath])
+                .args(["--fast-path", self.fast_path]);
+        }
         Ok(command)
     }
 }

@@ -17,6 +17,7 @@ pub mod capture;
 pub mod cluster;
 pub mod conntrack;
 pub mod demo;
+pub mod etcd;
 pub mod exchange;
 pub mod guest;
 pub mod host;
