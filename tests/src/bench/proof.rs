@@ -17,8 +17,6 @@ pub enum Way {
     Programs,
     /// The programs, after the kernel has let a flow's first packets pass.
     Learned,
-    /// The tunnel device on the client's node; on the server's node as [`Self::Learned`].
-    LearnedAtServer,
     /// By whatever another agent has: its programs or the tunnel device.
     Tunnelled,
     /// The veth between the ends; there is no node.
@@ -91,12 +89,10 @@ impl Way {
         } = seen;
         match (self, at) {
             (Self::Uplink | Self::Veth, _) => link >= packets && programs == 0 && tunnel == 0,
-            (Self::Kernel, _) | (Self::LearnedAtServer, At::Client) => {
-                tunnel >= packets && programs == 0
-            }
+            (Self::Kernel, _) => tunnel >= packets && programs == 0,
             (Self::Tunnelled, _) => programs + tunnel >= packets,
             (Self::Programs, _) => programs >= packets && tunnel == 0,
-            (Self::Learned, _) | (Self::LearnedAtServer, At::Server) => match flows {
+            (Self::Learned, _) => match flows {
                 Flows::Long => {
                     programs + tunnel >= packets
                         && tunnel.saturating_mul(LEARNED_SHARE) <= programs.max(LEARNED_SHARE * 50)
@@ -149,15 +145,6 @@ mod tests {
         assert!(!holds(Flows::Long, 5_000, 5_000));
         assert!(!holds(Flows::Long, 0, 10_000));
         assert!(holds(Flows::Short, 0, 10_000));
-    }
-
-    #[test]
-    fn through_a_service_the_clients_node_stays_in_the_kernel() {
-        let way = Way::LearnedAtServer;
-        let (kernel, programs) = (seen(0, 10_000, 0), seen(9_999, 1, 0));
-        assert!(way.holds(At::Client, Flows::Long, kernel, 10_000));
-        assert!(!way.holds(At::Client, Flows::Long, programs, 10_000));
-        assert!(way.holds(At::Server, Flows::Long, programs, 10_000));
     }
 
     #[test]
