@@ -34,6 +34,8 @@ pub struct AgentOptions {
     pub fast_path: &'static str,
     /// `--iface`.
     pub uplink: &'static str,
+    /// Where leases come from, as arguments; the lab's lease directory unless told otherwise.
+    pub registry: Option<Vec<String>>,
     /// Further arguments.
     pub arguments: Vec<String>,
     /// Further environment.
@@ -48,6 +50,7 @@ impl Default for AgentOptions {
             datapath: "ebpf",
             fast_path: "direct",
             uplink: UPLINK,
+            registry: None,
             arguments: Vec::new(),
             environment: Vec::new(),
             bpf: true,
@@ -66,6 +69,13 @@ impl AgentOptions {
             },
             ..Self::default()
         }
+    }
+
+    /// With leases from another registry.
+    #[must_use]
+    pub fn registry(mut self, arguments: Vec<String>) -> Self {
+        self.registry = Some(arguments);
+        self
     }
 
     /// With one more argument.
@@ -100,9 +110,11 @@ impl AgentOptions {
                 .arg(flanneld);
             command
         };
+        match &self.registry {
+            Some(arguments) => command.args(arguments),
+            None => command.arg("--lease-dir").arg(node.lease_dir()),
+        };
         command
-            .arg("--lease-dir")
-            .arg(node.lease_dir())
             .args(["--subnet-file", SUBNET_FILE])
             .args(["--control-socket", CONTROL_SOCKET])
             .args(["--iface", self.uplink])

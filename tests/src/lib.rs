@@ -16,6 +16,8 @@ pub mod binaries;
 pub mod capture;
 pub mod cluster;
 pub mod demo;
+pub mod door;
+pub mod etcd;
 pub mod exchange;
 pub mod guest;
 pub mod host;
