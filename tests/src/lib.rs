@@ -28,6 +28,7 @@ pub mod node;
 pub mod original;
 pub mod paths;
 pub mod pod;
+pub mod scale;
 pub mod scenario;
 pub mod scratch;
 pub mod spawner;
