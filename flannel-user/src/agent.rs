@@ -5,7 +5,6 @@
 //! subnet file, first snapshot in the kernel, then ready.
 
 use std::{
-    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -36,7 +35,7 @@ use crate::{
     network::{BackendConfig, FastPath, NetworkConfig},
     reconcile::{self, Inputs, NodeSetup, Peers, Reconciler},
     renewal,
-    source::{LeaseSource, SourceError},
+    source::{LeaseEvent, LeaseSource, SourceError},
     subnet_file::{Previous, SubnetFile},
     uplink::{self, Uplink, UplinkChoice},
 };
@@ -468,7 +467,7 @@ async fn follow(
     revoked: mpsc::Sender<()>,
 ) {
     let mut table = LeaseTable::new(&own_key);
-    let mut said_skipped = BTreeMap::new();
+    let mut ways = vxlan::Ways::default();
     loop {
         let mut events = match source.watch().await {
             Ok(events) => events,
@@ -484,6 +483,11 @@ async fn follow(
         };
         while let Some(event) = events.recv().await {
             let had_own = table.own().is_some();
+            let about = match &event {
+                LeaseEvent::Snapshot(_) => None,
+                LeaseEvent::Put(lease) => Some(lease.key),
+                LeaseEvent::Removed(key) => Some(*key),
+            };
             let changed = table.apply(event);
             if had_own && table.own().is_none() {
                 let _ = revoked.try_send(());
@@ -491,20 +495,12 @@ async fn follow(
             if !changed && peers.borrow().in_sync {
                 continue;
             }
-            let (forwarding, skipped) = vxlan::forwarding_table(&table);
-            let skipped: BTreeMap<SubnetKey, String> = skipped
-                .into_iter()
-                .map(|lease| (lease.key, lease.reason.to_string()))
-                .collect();
-            for (key, reason) in skipped
-                .iter()
-                .filter(|(key, reason)| said_skipped.get(*key) != Some(*reason))
-            {
-                warn!(subnet = %key, reason, "lease left out");
+            for lease in ways.follow(&table, about.as_ref()) {
+                let (subnet, reason) = (lease.key, lease.reason.to_string());
+                warn!(%subnet, reason, "lease left out");
             }
-            said_skipped = skipped;
             peers.send_modify(|peers| {
-                peers.table = Arc::new(forwarding);
+                peers.table = ways.table();
                 peers.in_sync = true;
             });
         }
