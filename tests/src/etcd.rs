@@ -48,6 +48,8 @@ pub enum Security {
 pub struct Etcd<'lab> {
     fabric: &'lab Namespace,
     security: Security,
+    /// Until there are users, everybody may do everything.
+    knows_users: bool,
     members: Vec<Member>,
 }
 
@@ -83,22 +85,15 @@ impl<'lab> Etcd<'lab> {
         let mut etcd = Self {
             fabric,
             members: members.collect(),
-            security: match security {
-                // Users come later: until then everybody may do everything.
-                Security::Users { .. } => Security::Open,
-                other => other,
-            },
+            security,
+            knows_users: false,
         };
-        let token_seconds = etcd.members[0]
-            .arguments
-            .iter()
-            .any(|a| a == "--auth-token-ttl");
         for member in 0..count {
             etcd.restart(member)?;
         }
         etcd.until_it_answers()?;
         etcd.put("/coreos.com/network/config", config)?;
-        if token_seconds {
+        if matches!(etcd.security, Security::Users { .. }) {
             etcd.enable_users()?;
         }
         Ok(etcd)
@@ -290,7 +285,10 @@ impl<'lab> Etcd<'lab> {
 
     fn connect_options(&self) -> Result<Option<ConnectOptions>> {
         Ok(match &self.security {
-            Security::Open => None,
+            Security::Users { .. } if self.knows_users => {
+                Some(ConnectOptions::new().with_user("root", "secret"))
+            }
+            Security::Open | Security::Users { .. } => None,
             Security::Certificates(directory) => {
                 let read = |name: &str| fs::read(directory.join(name));
                 let identity = Identity::from_pem(read("lab.pem")?, read("lab.key")?);
@@ -299,7 +297,6 @@ impl<'lab> Etcd<'lab> {
                     .identity(identity);
                 Some(ConnectOptions::new().with_tls(tls))
             }
-            Security::Users { .. } => Some(ConnectOptions::new().with_user("root", "secret")),
         })
     }
 
@@ -317,7 +314,7 @@ impl<'lab> Etcd<'lab> {
             }
             client.auth_enable().await.map(drop)
         })?;
-        self.security = Security::Users { token_seconds: 0 };
+        self.knows_users = true;
         Ok(())
     }
 
