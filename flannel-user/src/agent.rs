@@ -8,7 +8,6 @@ mod firewall;
 mod republish;
 
 use std::{
-    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -38,7 +37,7 @@ use crate::{
     network::{BackendConfig, FastPath, NetworkConfig},
     reconcile::{self, Inputs, NodeSetup, Peers, Reconciler, Told},
     renewal,
-    source::{LeaseSource, SourceError},
+    source::{LeaseEvent, LeaseSource, SourceError},
     subnet_file::{Previous, SubnetFile},
     uplink::{
         self, Uplink, UplinkChoice,
@@ -498,7 +497,7 @@ async fn follow(
     revoked: mpsc::Sender<()>,
 ) {
     let mut table = LeaseTable::new(&own_key);
-    let mut said_skipped = BTreeMap::new();
+    let mut ways = vxlan::Ways::default();
     loop {
         let mut events = match source.watch().await {
             Ok(events) => events,
@@ -514,6 +513,11 @@ async fn follow(
         };
         while let Some(event) = events.recv().await {
             let had_own = table.own().is_some();
+            let about = match &event {
+                LeaseEvent::Snapshot(_) => None,
+                LeaseEvent::Put(lease) => Some(lease.key),
+                LeaseEvent::Removed(key) => Some(*key),
+            };
             let changed = table.apply(event);
             if had_own && table.own().is_none() {
                 let _ = revoked.try_send(());
@@ -521,20 +525,12 @@ async fn follow(
             if !changed && peers.borrow().in_sync {
                 continue;
             }
-            let (forwarding, skipped) = vxlan::forwarding_table(&table);
-            let skipped: BTreeMap<SubnetKey, String> = skipped
-                .into_iter()
-                .map(|lease| (lease.key, lease.reason.to_string()))
-                .collect();
-            for (key, reason) in skipped
-                .iter()
-                .filter(|(key, reason)| said_skipped.get(*key) != Some(*reason))
-            {
-                warn!(subnet = %key, reason, "lease left out");
+            for lease in ways.follow(&table, about.as_ref()) {
+                let (subnet, reason) = (lease.key, lease.reason.to_string());
+                warn!(%subnet, reason, "lease left out");
             }
-            said_skipped = skipped;
             peers.send_modify(|peers| {
-                peers.table = Arc::new(forwarding);
+                peers.table = ways.table();
                 peers.in_sync = true;
             });
         }

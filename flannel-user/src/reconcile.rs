@@ -258,7 +258,8 @@ impl Reconciler {
                         return;
                     }
                     self.peers = peers.borrow_and_update().clone();
-                    dirty = Dirty { pods: ready.is_some(), ..Dirty::ALL };
+                    let kernel = ready.is_some() || !self.follow_peers().await;
+                    dirty = Dirty { kernel, pods: ready.is_some(), ..Dirty::ALL };
                 }
                 Ok(()) = uplink.changed() => {
                     dirty = self.take_up(uplink.borrow_and_update().clone());
@@ -296,6 +297,11 @@ impl Reconciler {
 
     /// Which parts an event concerns.
     fn affected(&mut self, event: &KernelEvent) -> Dirty {
+        if matches!(event, KernelEvent::Neighbours { fdb: true, origin, .. } if origin.port == 0)
+            && self.netlink.takes_echo()
+        {
+            return Dirty::default();
+        }
         let dirty = concerns(event, self.device.index, self.netlink.port());
         if dirty.next_hops {
             self.routes_settled = false;
@@ -320,6 +326,18 @@ impl Reconciler {
         }
         let wanted = self.wanted();
         self.switch.apply(&wanted, dirty.thorough);
+    }
+
+    /// Programs peers that came or went and nothing else; false where a full pass has to.
+    async fn follow_peers(&mut self) -> bool {
+        let table = Arc::clone(&self.peers.table);
+        match self.netlink.follow(&table).await {
+            Some(pass) => {
+                self.note(&pass);
+                true
+            }
+            None => false,
+        }
     }
 
     fn note(&mut self, pass: &Pass) {

@@ -35,6 +35,8 @@ pub struct AgentOptions {
     pub fast_path: &'static str,
     /// `--iface`.
     pub uplink: &'static str,
+    /// Where leases come from, as arguments; the lab's lease directory unless told otherwise.
+    pub registry: Option<Vec<String>>,
     /// Further arguments.
     pub arguments: Vec<String>,
     /// Further environment.
@@ -55,6 +57,7 @@ impl Default for AgentOptions {
             datapath: "ebpf",
             fast_path: "direct",
             uplink: UPLINK,
+            registry: None,
             arguments: Vec::new(),
             environment: Vec::new(),
             bpf: true,
@@ -82,6 +85,13 @@ impl AgentOptions {
     #[must_use]
     pub fn fast_path(mut self, fast_path: &'static str) -> Self {
         self.fast_path = fast_path;
+        self
+    }
+
+    /// With leases from another registry.
+    #[must_use]
+    pub fn registry(mut self, arguments: Vec<String>) -> Self {
+        self.registry = Some(arguments);
         self
     }
 
@@ -117,9 +127,10 @@ impl AgentOptions {
                 .arg(flanneld);
             command
         };
-        match self.etcd {
-            Some(at) => command.arg(format!("--etcd-endpoints=http://{at}")),
-            None => command.arg("--lease-dir").arg(node.lease_dir()),
+        match (&self.registry, self.etcd) {
+            (Some(arguments), _) => command.args(arguments),
+            (None, Some(at)) => command.arg(format!("--etcd-endpoints=http://{at}")),
+            (None, None) => command.arg("--lease-dir").arg(node.lease_dir()),
         };
         command
             .args(["--subnet-file", SUBNET_FILE])
