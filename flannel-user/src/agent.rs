@@ -517,6 +517,12 @@ async fn follow(
             if had_own && table.own().is_none() {
                 let _ = revoked.try_send(());
             }
+            let conflicts = source.conflicts();
+            peers.send_if_modified(|peers| {
+                let changed = peers.conflicts != conflicts;
+                peers.conflicts = conflicts;
+                changed
+            });
             if !changed && peers.borrow().in_sync {
                 continue;
             }
