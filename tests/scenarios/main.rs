@@ -15,6 +15,7 @@ mod pairings;
 mod pods;
 mod repair;
 mod restart;
+mod restart_firewall;
 mod switching;
 mod uplink_changes;
 mod wire;
