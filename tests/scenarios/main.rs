@@ -16,6 +16,7 @@ mod pods;
 mod repair;
 mod restart;
 mod restart_firewall;
+mod several_agents;
 mod switching;
 mod uplink_changes;
 mod wire;
