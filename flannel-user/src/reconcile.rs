@@ -38,8 +38,10 @@ use crate::{
     lease::Lease,
     network::FastPath,
     observe::status::{
-        CounterStatus, KernelStatus, NodeStatus, PeerStatus, PodStatus, SourceStatus, Status,
+        ConflictStatus, CounterStatus, KernelStatus, NodeStatus, PeerStatus, PodStatus,
+        SourceStatus, Status,
     },
+    source::Conflict,
     uplink::{Uplink, follow::Followed},
 };
 
@@ -55,6 +57,8 @@ const BURST: Duration = Duration::from_millis(10);
 pub struct Peers {
     /// The way to each peer.
     pub table: Arc<ForwardingTable>,
+    /// Claims of other agents on what this one holds.
+    pub conflicts: Vec<Conflict>,
     /// A snapshot has been applied and the source has no known fault.
     pub in_sync: bool,
 }
@@ -527,6 +531,11 @@ impl Reconciler {
                 bytes: tally.bytes,
                 text: reason.text().to_owned(),
             });
+        let conflicts = self.peers.conflicts.iter().map(|conflict| ConflictStatus {
+            subnet: conflict.subnet.v4,
+            node: conflict.node,
+            text: conflict.quarrel.to_string(),
+        });
         let expires = self.own_lease.borrow().expires;
         let expires = expires.and_then(|end| end.duration_since(SystemTime::UNIX_EPOCH).ok());
         Status {
@@ -551,6 +560,7 @@ impl Reconciler {
                 in_sync: self.peers.in_sync,
                 lease_expires: expires.map(|expires| expires.as_secs()),
             },
+            conflicts: conflicts.collect(),
             peers: peers.collect(),
             pods: pods.collect(),
             counters: counters.collect(),

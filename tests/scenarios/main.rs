@@ -25,6 +25,8 @@ mod pairings;
 mod pods;
 mod repair;
 mod restart;
+mod restart_firewall;
+mod several_agents;
 mod switching;
 mod uplink_changes;
 mod wire;

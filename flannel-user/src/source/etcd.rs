@@ -27,7 +27,6 @@ mod error;
 mod follower;
 mod keys;
 mod options;
-mod own;
 mod registry;
 mod watch;
 
@@ -42,8 +41,8 @@ pub use self::{
     error::EtcdError,
     options::{Endpoints, EtcdOptions, OptionsError, Secret},
 };
-use self::{keys::Keys, own::Own, registry::Registry};
-use super::{LeaseEvent, LeaseSource, SourceError};
+use self::{keys::Keys, registry::Registry};
+use super::{Conflict, LeaseEvent, LeaseSource, SourceError, own::Own};
 use crate::{
     lease::{Lease, LeaseAttributes},
     network::{NetworkConfig, NetworkConfigError},
@@ -123,6 +122,10 @@ impl LeaseSource for EtcdSource {
         claim::renew(&self.0, lease)
             .await
             .map_err(SourceError::Retry)
+    }
+
+    fn conflicts(&self) -> Vec<Conflict> {
+        self.0.own.conflicts()
     }
 
     async fn watch(&self) -> Result<mpsc::Receiver<LeaseEvent>, SourceError> {

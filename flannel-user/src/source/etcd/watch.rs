@@ -141,11 +141,7 @@ impl Watch {
         let listing = self.shared.registry.list().await?;
         let from = listing.revision + 1;
         let snapshot = self.follower.replace(listing, self.latest_end());
-        if let LeaseEvent::Snapshot(leases) = &snapshot {
-            for lease in leases {
-                self.shared.own.observe(lease);
-            }
-        }
+        self.shared.own.observe(&snapshot);
         self.resume = Resume::FromList(from);
         Ok(self.sender.send(snapshot).await.is_ok().then_some(from))
     }
@@ -203,11 +199,7 @@ impl Watch {
                 EventType::Delete => self.follower.delete(kv.key(), end),
             };
             if let Some(change) = change {
-                match &change {
-                    LeaseEvent::Put(lease) => self.shared.own.observe(lease),
-                    LeaseEvent::Removed(key) => self.shared.own.observe_removal(key),
-                    LeaseEvent::Snapshot(_) => {}
-                }
+                self.shared.own.observe(&change);
                 self.sender.send(change).await.map_err(|_| Closed)?;
             }
             self.resume = next;
