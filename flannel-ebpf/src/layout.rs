@@ -48,6 +48,8 @@ pub const NOTES_IN: &str = "NOTES_IN";
 pub const TRAILS_OUT: &str = "TRAILS_OUT";
 /// Per-CPU array: as [`TRAILS_OUT`], for the way in.
 pub const TRAILS_IN: &str = "TRAILS_IN";
+/// Per-CPU array with two `u32`: how many notes each direction has made.
+pub const NOTED: &str = "NOTED";
 /// Per-CPU array of [`Candidate`]: flows that have not earned an entry yet.
 pub const CANDIDATES_OUT: &str = "CANDIDATES_OUT";
 /// Per-CPU array of [`Candidate`], way in.
@@ -79,11 +81,11 @@ pub const HAS_EXCLUSIONS: u32 = 1 << 3;
 
 /// Flows of each direction that the tables hold unless a flag says otherwise.
 pub const DEFAULT_FLOWS: u32 = 65_536;
-/// Notes per CPU and direction. The stack takes packets in batches of up to 64
-/// between the two sightings; this leaves 97 % of them their own place.
-pub const NOTES: u32 = 1_024;
+/// Notes per CPU and direction, a ring. The stack takes packets in batches of up to 64
+/// between the two sightings. Few, so that they stay in the CPU's nearest cache.
+pub const NOTES: u32 = 128;
 /// Trails per CPU and direction; a trail that another packet overwrote finds nothing.
-pub const TRAILS: u32 = 4_096;
+pub const TRAILS: u32 = 2_048;
 /// Candidates per CPU and direction.
 pub const CANDIDATES: u32 = 1_024;
 /// Places in `GENERATIONS`. Two things in one place cost a needless look at the stack, no more.

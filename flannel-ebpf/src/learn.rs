@@ -3,7 +3,7 @@
 
 use crate::{
     checksum, hash,
-    header::Ethernet,
+    header::{self, Ethernet},
     layout::{
         Candidate, FlowKey, HAS_EXCLUSIONS, InFlow, LocalPod, MODE_VXLAN, Note, OutFlow,
         POD_IN_KERNEL, TEMPLATE_LEN, Verdict, generation_slot,
@@ -12,20 +12,33 @@ use crate::{
     tables::Tables,
 };
 
-/// Sightings with the same outcome in a row that make a verdict. A flow of two packets never pays
-/// for an entry, and a TCP flow has its handshake behind it: opening packets do not count.
+/// Sightings with the same outcome in a row that make a verdict: a flow of two packets never pays
+/// for an entry.
 pub const NEEDED: u32 = 3;
+/// The same for TCP, where opening and closing packets do not count. One more, because a request
+/// and its answer over a connection of their own show three.
+pub const NEEDED_TCP: u32 = 4;
 
 /// One more sighting of a flow; `true` when it has shown itself often enough.
 #[inline(always)]
 #[must_use]
-pub const fn counted(candidate: Candidate, outcome: u64, generation: u32) -> (Candidate, bool) {
+pub const fn counted(
+    candidate: Candidate,
+    outcome: u64,
+    generation: u32,
+    protocol: u8,
+) -> (Candidate, bool) {
+    let needed = if protocol == header::TCP {
+        NEEDED_TCP
+    } else {
+        NEEDED
+    };
     let times = if candidate.outcome == outcome && candidate.generation == generation {
         candidate.times + 1
     } else {
         1
     };
-    if times >= NEEDED {
+    if times >= needed {
         let none = Candidate {
             outcome: 0,
             times: 0,
@@ -325,12 +338,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn three_alike_in_a_row_make_a_verdict() {
-        let (one, done) = counted(Candidate::default(), 42, 7);
-        assert!(!done);
-        let (two, done) = counted(one, 42, 7);
-        assert!(!done);
-        assert!(counted(two, 42, 7).1);
+    fn three_alike_in_a_row_make_a_verdict_and_four_of_tcp() {
+        for (protocol, needed) in [(header::UDP, 3), (header::TCP, 4)] {
+            let mut candidate = Candidate::default();
+            for time in 1..=needed {
+                let (next, done) = counted(candidate, 42, 7, protocol);
+                assert_eq!(done, time == needed, "protocol {protocol}, time {time}");
+                candidate = next;
+            }
+        }
     }
 
     #[test]
@@ -340,27 +356,16 @@ mod tests {
             times: 2,
             generation: 7,
         };
-        assert_eq!(
-            counted(two, 43, 7),
-            (
-                Candidate {
-                    outcome: 43,
-                    times: 1,
-                    generation: 7
-                },
-                false
-            )
-        );
-        assert_eq!(
-            counted(two, 42, 8),
-            (
-                Candidate {
-                    outcome: 42,
-                    times: 1,
-                    generation: 8
-                },
-                false
-            )
-        );
+        for (outcome, generation) in [(43, 7), (42, 8)] {
+            let first = Candidate {
+                outcome,
+                times: 1,
+                generation,
+            };
+            assert_eq!(
+                counted(two, outcome, generation, header::UDP),
+                (first, false)
+            );
+        }
     }
 }

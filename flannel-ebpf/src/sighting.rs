@@ -13,7 +13,7 @@ use network_types::{ip::Ipv4Hdr, tcp::TcpHdr, udp::UdpHdr};
 use crate::{
     frame::Frame,
     hash, header,
-    layout::{FlowKey, NOTES, Note, TRAILS, Trail},
+    layout::{FlowKey, Note, TRAILS, Trail},
     packet::Packet,
 };
 
@@ -83,25 +83,11 @@ const fn constant(note: &Note, way: Way, seed: u32) -> u64 {
     )
 }
 
-/// Where a note belongs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Places {
-    /// Of the note itself.
-    pub note: u32,
-    /// Of its trail.
-    pub trail: u32,
-}
-
-/// The places of a note.
+/// Where a packet's trail is.
 #[inline(always)]
 #[must_use]
-pub const fn places(note: &Note, way: Way, seed: u32) -> Places {
-    let constant = constant(note, way, seed);
-    let whole = hash::mix(constant, hash::flow(&note.key, seed));
-    Places {
-        note: (whole >> 40) as u32 % NOTES,
-        trail: (constant >> 40) as u32 % TRAILS,
-    }
+pub const fn trail_place(note: &Note, way: Way, seed: u32) -> u32 {
+    (constant(note, way, seed) >> 40) as u32 % TRAILS
 }
 
 /// Is this note still waiting for its packet?
@@ -223,8 +209,8 @@ mod tests {
         assert_eq!(compare(&note, &leaving, Way::Out), Match::Same);
         let seed = 77;
         assert_eq!(
-            places(&note, Way::Out, seed).trail,
-            places(&leaving, Way::Out, seed).trail
+            trail_place(&note, Way::Out, seed),
+            trail_place(&leaving, Way::Out, seed)
         );
         // On the way in that is the pod's end, which never changes.
         assert_eq!(compare(&note, &leaving, Way::In), Match::None);

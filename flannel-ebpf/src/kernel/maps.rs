@@ -57,6 +57,9 @@ static TRAILS_OUT: PerCpuArray<Trail> = PerCpuArray::with_max_entries(TRAILS, 0)
 static TRAILS_IN: PerCpuArray<Trail> = PerCpuArray::with_max_entries(TRAILS, 0);
 
 #[map]
+static NOTED: PerCpuArray<u32> = PerCpuArray::with_max_entries(2, 0);
+
+#[map]
 static CANDIDATES_OUT: PerCpuArray<Candidate> = PerCpuArray::with_max_entries(CANDIDATES, 0);
 
 #[map]
@@ -176,6 +179,18 @@ pub(super) fn note(way: Way, place: u32) -> Option<*mut Note> {
     match way {
         Way::Out => NOTES_OUT.get_ptr_mut(place),
         Way::In => NOTES_IN.get_ptr_mut(place),
+    }
+}
+
+/// The place of this CPU's next note.
+#[inline(always)]
+pub(super) fn take_note(way: Way) -> Option<u32> {
+    let noted = NOTED.get_ptr_mut(way as u32)?;
+    // SAFETY: a per-CPU value; programs at TC do not interrupt each other on one CPU.
+    unsafe {
+        let next = *noted;
+        *noted = next.wrapping_add(1);
+        Some(next % NOTES)
     }
 }
 

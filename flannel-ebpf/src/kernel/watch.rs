@@ -38,8 +38,10 @@ pub(super) fn note(
     note.generation = KernelTables.epoch().generation;
     note.ifindex = wire.meta().ifindex;
     note.probe = u8::from(probe);
-    let places = sighting::places(&note, way, node.seed);
-    let Some(trail) = maps::trail(way, places.trail) else {
+    let (Some(trail), Some(place)) = (
+        maps::trail(way, sighting::trail_place(&note, way, node.seed)),
+        maps::take_note(way),
+    ) else {
         return;
     };
     // SAFETY: per-CPU values; programs at TC do not interrupt each other on one CPU.
@@ -50,9 +52,9 @@ pub(super) fn note(
         } else {
             maps::note(way, u32::from(before.note) - 1).map(|held| &*held)
         };
-        let laid: Trail = sighting::laid(before, held, &note, places.note, way);
+        let laid: Trail = sighting::laid(before, held, &note, place, way);
         *trail = laid;
-        if let Some(slot) = maps::note(way, places.note) {
+        if let Some(slot) = maps::note(way, place) {
             *slot = note;
         }
     }
@@ -71,10 +73,10 @@ fn find(leaving: &Note, node: &NodeConfig, way: Way) -> Result<Found, Reason> {
         Way::In => inward,
     };
     let unmatched = reason(Reason::LearnOutUnmatched, Reason::LearnInUnmatched);
-    let places = sighting::places(leaving, way, node.seed);
+    let place = sighting::trail_place(leaving, way, node.seed);
     // SAFETY: per-CPU values; programs at TC do not interrupt each other on one CPU.
     let (slot, outcome, ambiguous) = unsafe {
-        let trail = *maps::trail(way, places.trail).ok_or(unmatched)?;
+        let trail = *maps::trail(way, place).ok_or(unmatched)?;
         if trail.note == 0 {
             return Err(unmatched);
         }
@@ -127,13 +129,14 @@ fn refresh(verdict: *mut Verdict, now: u32, generation: u32) {
 
 /// One more sighting; `true` when the flow has shown itself often enough.
 #[inline(always)]
-fn enough(way: Way, outcome: u64, generation: u32) -> bool {
+fn enough(way: Way, outcome: u64, note: &Note) -> bool {
     let Some(slot) = maps::candidate(way, outcome) else {
         return false;
     };
     // SAFETY: a per-CPU value; programs at TC do not interrupt each other on one CPU.
     unsafe {
-        let (candidate, enough): (Candidate, bool) = learn::counted(*slot, outcome, generation);
+        let (candidate, enough): (Candidate, bool) =
+            learn::counted(*slot, outcome, note.generation, note.key.protocol);
         *slot = candidate;
         enough
     }
@@ -191,7 +194,7 @@ pub(super) fn left(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Optio
             return Some(Reason::LearnOutChanged);
         }
     }
-    if !known && !enough(Way::Out, left.hash(&note.key, node.seed), note.generation) {
+    if !known && !enough(Way::Out, left.hash(&note.key, node.seed), note) {
         return Some(Reason::LearnOutCounted);
     }
     // SAFETY: as the template.
@@ -252,7 +255,7 @@ pub(super) fn arrived(wire: &Wire, node: &NodeConfig) -> Option<Reason> {
             return Some(Reason::LearnInChanged);
         }
     }
-    if !known && !enough(Way::In, arrived.hash(&note.key, node.seed), note.generation) {
+    if !known && !enough(Way::In, arrived.hash(&note.key, node.seed), note) {
         return Some(Reason::LearnInCounted);
     }
     // SAFETY: a per-CPU value; programs at TC do not interrupt each other on one CPU.
