@@ -28,6 +28,7 @@ use crate::{
     control::{self, Answer, Call},
     datapath::{
         ebpf::EbpfOptions,
+        exclusion::Exclusions,
         kernel_events::{self, KernelEvent},
         netlink::{Device, DeviceSpec, NetlinkDatapath, Rtnl},
         switch::{Preference, Switch},
@@ -77,6 +78,8 @@ pub struct Options {
     pub fast_path: Option<FastPath>,
     /// `--forged-vxlan drop`.
     pub drop_forged: bool,
+    /// `--fast-path-exclude`.
+    pub exclusions: Exclusions,
     /// Where `flannelctl` finds this agent.
     pub control_socket: PathBuf,
     /// `--healthz-ip` and `--healthz-port`, if there is to be an answer.
@@ -236,6 +239,7 @@ async fn start(options: &Options, phase: &Phase) -> anyhow::Result<Started> {
             .or(backend.fast_path)
             .unwrap_or(FastPath::Learned),
         drop_forged: options.drop_forged,
+        exclusions: options.exclusions.clone(),
         source: source.describe(),
     };
     Ok(Started::Forwarding(Box::new(Node {

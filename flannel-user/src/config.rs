@@ -16,7 +16,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum};
 
 use self::{go_flags::Given, not_yet::NotYet};
 use crate::{
-    datapath::{ebpf::TcAttach, switch::Preference},
+    datapath::{ebpf::TcAttach, exclusion::Exclusion, switch::Preference},
     network::FastPath,
     source::etcd::{Endpoints, EtcdOptions, Secret},
 };
@@ -129,6 +129,11 @@ pub struct Flags {
     /// Seconds that a learned verdict holds unless confirmed, while flows are few (1 to 30)
     #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = validity, help_heading = "Datapath")]
     pub fast_path_revalidate: Duration,
+
+    /// What never bypasses the stack: a prefix, an address, port:NUMBER or interface:NAME of a
+    /// pod's veth on the host (repeatable)
+    #[arg(long, value_name = "WHAT", help_heading = "Datapath")]
+    pub fast_path_exclude: Vec<Exclusion>,
 
     /// Flows of each direction that are remembered at most (1024 to 1048576)
     #[arg(long, value_name = "NUMBER", default_value = "65536", value_parser = flows, help_heading = "Datapath")]

@@ -25,11 +25,13 @@ use crate::{
     control::{Answer, Call, Request},
     datapath::{
         ebpf::Wanted,
+        exclusion::Exclusions,
         kernel_events::KernelEvent,
         netlink::{Device, NetlinkDatapath, Pass, Rtnl},
         next_hop,
         node_config::{self, KernelSettings, NodeFacts},
         pods::{self, Ambiguous, Pod},
+        shaping,
         switch::{Preference, Switch},
         tunnel_mtu::TunnelMtu,
     },
@@ -82,6 +84,8 @@ pub struct NodeSetup {
     pub fast_path: FastPath,
     /// `--forged-vxlan drop`.
     pub drop_forged: bool,
+    /// `--fast-path-exclude`.
+    pub exclusions: Exclusions,
     /// Name of the lease source.
     pub source: String,
 }
@@ -138,6 +142,11 @@ fn concerns(event: &KernelEvent, device: u32, own: u32) -> Dirty {
             ..Dirty::ALL
         },
         KernelEvent::Routes { .. } if here => Dirty::ALL,
+        // Our own filters come with their interface; others must not be passed by.
+        KernelEvent::Queueing { .. } if here => Dirty {
+            pods: true,
+            ..Dirty::default()
+        },
         KernelEvent::Neighbours { index, .. } if here && index == device => Dirty {
             kernel: true,
             ..Dirty::default()
@@ -150,9 +159,9 @@ fn concerns(event: &KernelEvent, device: u32, own: u32) -> Dirty {
 #[must_use]
 pub fn is_relevant(event: &KernelEvent) -> bool {
     match event {
-        KernelEvent::Neighbours { origin, .. } | KernelEvent::Routes { origin, .. } => {
-            origin.namespace.is_none()
-        }
+        KernelEvent::Neighbours { origin, .. }
+        | KernelEvent::Routes { origin, .. }
+        | KernelEvent::Queueing { origin, .. } => origin.namespace.is_none(),
         _ => true,
     }
 }
@@ -167,6 +176,8 @@ pub struct Reconciler {
     peers: Peers,
     pods: Vec<Pod>,
     ambiguous: Vec<Ambiguous>,
+    /// Pods that stay with the kernel, by the index of their veth.
+    kept: BTreeMap<u32, String>,
     next_hops: BTreeMap<Ipv4Addr, Ipv4Addr>,
     /// No route has changed since `next_hops` was made.
     routes_settled: bool,
@@ -220,6 +231,7 @@ impl Reconciler {
             peers: Peers::default(),
             pods: Vec::new(),
             ambiguous: Vec::new(),
+            kept: BTreeMap::new(),
             next_hops: BTreeMap::new(),
             routes_settled: false,
             kernel: KernelStatus::default(),
@@ -386,11 +398,38 @@ impl Reconciler {
                     debug!(pods = found.pods.len(), "pods on this node");
                 }
                 self.pods = found.pods;
+                self.find_kept().await;
             }
             // Better the pods known so far than none.
             Err(error) => warn!(
                 error = &error as &dyn std::error::Error,
                 "cannot look for pods"
+            ),
+        }
+    }
+
+    /// Finds the pods whose packets must not pass by their veth's queue and filters.
+    async fn find_kept(&mut self) {
+        match shaping::find(&mut self.rtnl, &self.pods, self.setup.vni).await {
+            Ok(mut kept) => {
+                for pod in &self.pods {
+                    if self.setup.exclusions.interfaces.contains(&pod.interface) {
+                        kept.insert(
+                            pod.ifindex,
+                            "--fast-path-exclude names its interface".to_owned(),
+                        );
+                    }
+                }
+                for (ifindex, reason) in &kept {
+                    if self.kept.get(ifindex) != Some(reason) {
+                        info!(ifindex, reason, "a pod stays with the kernel");
+                    }
+                }
+                self.kept = kept;
+            }
+            Err(error) => warn!(
+                error = &error as &dyn std::error::Error,
+                "cannot look for shaped pods"
             ),
         }
     }
@@ -438,6 +477,7 @@ impl Reconciler {
             vtep_addr: self.setup.uplink.public_ip,
             vtep_mac: self.device.mac,
             fast_path: self.setup.fast_path,
+            has_exclusions: self.setup.exclusions.concern_packets(),
             drop_forged: self.setup.drop_forged && self.peers.in_sync,
         };
         let remotes = self
@@ -467,6 +507,8 @@ impl Reconciler {
             tunnel: self.device.name.clone(),
             remotes: remotes.collect(),
             pods: self.pods.clone(),
+            kept: self.kept.clone(),
+            exclusions: self.setup.exclusions.clone(),
         }
     }
 
@@ -519,6 +561,7 @@ impl Reconciler {
             address: pod.address,
             interface: pod.interface.clone(),
             attached: ebpf.is_some_and(|ebpf| ebpf.is_attached(pod.ifindex)),
+            kept: self.kept.get(&pod.ifindex).cloned(),
         });
         let counters = counters
             .unwrap_or_default()

@@ -57,6 +57,7 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
         renew_margin: flags.renew_margin(),
         datapath: flags.datapath,
         fast_path: flags.fast_path,
+        exclusions: flags.fast_path_exclude.iter().cloned().collect(),
         drop_forged: flags.forged_vxlan == ForgedVxlan::Drop,
         control_socket: flags.control_socket.clone(),
         healthz: flags.healthz().map(|(ip, port)| (ip.to_owned(), port)),

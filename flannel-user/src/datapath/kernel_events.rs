@@ -23,9 +23,10 @@ const QUEUE: usize = 4096;
 /// Longest time [`next_batch`] lets more events arrive.
 const LONGEST_BATCH: Duration = Duration::from_millis(20);
 
-const GROUPS: [u32; 4] = [
+const GROUPS: [u32; 5] = [
     1, // RTNLGRP_LINK
     3, // RTNLGRP_NEIGH, FDB included
+    4, // RTNLGRP_TC
     5, // RTNLGRP_IPV4_IFADDR
     7, // RTNLGRP_IPV4_ROUTE
 ];
@@ -88,6 +89,13 @@ pub enum KernelEvent {
         /// It went.
         removed: bool,
     },
+    /// A queueing discipline or a traffic filter appeared, changed or went.
+    Queueing {
+        /// Where.
+        origin: Origin,
+        /// Interface index there.
+        index: u32,
+    },
     /// Events were lost: anything may have changed.
     Overrun,
 }
@@ -100,7 +108,8 @@ impl KernelEvent {
             Self::Links { origin, .. }
             | Self::Addresses { origin, .. }
             | Self::Routes { origin, .. }
-            | Self::Neighbours { origin, .. } => Some(*origin),
+            | Self::Neighbours { origin, .. }
+            | Self::Queueing { origin, .. } => Some(*origin),
             Self::Overrun => None,
         }
     }
@@ -274,6 +283,12 @@ fn event(message: &[u8], namespace: Option<i32>) -> Option<KernelEvent> {
             table: *body.get(4)?,
             removed: kind == libc::RTM_DELROUTE,
         },
+        libc::RTM_NEWQDISC | libc::RTM_DELQDISC | libc::RTM_NEWTFILTER | libc::RTM_DELTFILTER => {
+            KernelEvent::Queueing {
+                origin,
+                index: number(body, 4)?,
+            }
+        }
         libc::RTM_NEWNEIGH | libc::RTM_DELNEIGH => KernelEvent::Neighbours {
             origin,
             index: number(body, 4)?,

@@ -2,10 +2,12 @@
 
 pub mod conntrack;
 pub mod ebpf;
+pub mod exclusion;
 pub mod kernel_events;
 pub mod netlink;
 pub mod next_hop;
 pub mod node_config;
 pub mod pods;
+pub mod shaping;
 pub mod switch;
 pub mod tunnel_mtu;

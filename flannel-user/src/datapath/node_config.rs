@@ -2,7 +2,9 @@
 
 use std::{fs, net::Ipv4Addr};
 
-use flannel_ebpf::layout::{DROP_FORGED, FAST_PATH_DIRECT, FAST_PATH_LEARNED, NodeConfig};
+use flannel_ebpf::layout::{
+    DROP_FORGED, FAST_PATH_DIRECT, FAST_PATH_LEARNED, HAS_EXCLUSIONS, NodeConfig,
+};
 
 use crate::{mac::MacAddr, network::FastPath};
 
@@ -64,6 +66,8 @@ pub struct NodeFacts {
     pub vtep_mac: MacAddr,
     /// Which packets the programs may take.
     pub fast_path: FastPath,
+    /// Some addresses or ports are never bypassed.
+    pub has_exclusions: bool,
     /// Drop tunnel packets that no known peer can have sent. Only right while
     /// all peers are known.
     pub drop_forged: bool,
@@ -78,9 +82,14 @@ pub fn compose(facts: &NodeFacts, settings: &KernelSettings) -> NodeConfig {
         FastPath::Direct => FAST_PATH_DIRECT,
         FastPath::Learned => FAST_PATH_LEARNED,
     };
+    let exclusions = if facts.has_exclusions {
+        HAS_EXCLUSIONS
+    } else {
+        0
+    };
     let forged = if facts.drop_forged { DROP_FORGED } else { 0 };
     NodeConfig {
-        flags: fast_path | forged,
+        flags: fast_path | forged | exclusions,
         uplink: facts.uplink,
         vni: facts.vni,
         pod_mtu: facts.pod_mtu,

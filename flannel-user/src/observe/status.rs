@@ -115,6 +115,9 @@ pub struct PodStatus {
     pub interface: String,
     /// A program is attached there.
     pub attached: bool,
+    /// Why the pod's packets never bypass the stack, if so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept: Option<String>,
 }
 
 /// Packets with one outcome, summed over all CPUs since the maps were made.

@@ -43,7 +43,7 @@ pub enum TcAttach {
 }
 
 /// Filters with a lower number run first: whatever else is there has its say before us.
-const CLSACT_PRIORITY: u16 = 0xc000;
+pub const CLSACT_PRIORITY: u16 = 0xc000;
 
 /// Where a program hooks in; those that only watch come first when attaching and last when
 /// detaching, so that whoever acts is always watched.

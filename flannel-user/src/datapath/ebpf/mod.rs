@@ -26,7 +26,7 @@ mod trace;
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use flannel_ebpf::{
-    layout::{FAST_PATH_LEARNED, LocalPod, NodeConfig, RemoteSubnet, Tally},
+    layout::{FAST_PATH_LEARNED, LocalPod, NodeConfig, POD_IN_KERNEL, RemoteSubnet, Tally},
     reason::Reason,
 };
 use ipnet::Ipv4Net;
@@ -38,8 +38,12 @@ use self::{
     pins::PinDir,
     tables::MapTables,
 };
-pub use self::{attach::TcAttach, object::Programs, tables::Addresses};
-use super::{conntrack::Conntrack, pods::Pod};
+pub use self::{
+    attach::{CLSACT_PRIORITY, TcAttach},
+    object::Programs,
+    tables::Addresses,
+};
+use super::{conntrack::Conntrack, exclusion::Exclusions, pods::Pod};
 
 /// Why the eBPF datapath could not be opened or brought up to date.
 #[derive(Debug, thiserror::Error)]
@@ -139,6 +143,10 @@ pub struct Wanted {
     pub remotes: BTreeMap<Ipv4Net, RemoteSubnet>,
     /// Pods of this node.
     pub pods: Vec<Pod>,
+    /// Pods that stay with the kernel, by the index of their veth, and why.
+    pub kept: BTreeMap<u32, String>,
+    /// What else is never bypassed.
+    pub exclusions: Exclusions,
 }
 
 /// What one [`EbpfDatapath::sync`] could not do; everything else is in force.
@@ -200,7 +208,10 @@ impl EbpfDatapath {
         let pods: BTreeMap<[u8; 4], LocalPod> = wanted
             .pods
             .iter()
-            .map(|pod| (pod.address.octets(), local_pod(pod)))
+            .map(|pod| {
+                let kept = wanted.kept.contains_key(&pod.ifindex);
+                (pod.address.octets(), local_pod(pod, kept))
+            })
             .collect();
         if thorough {
             let jiffies = self.programs.jiffies()?;
@@ -217,6 +228,7 @@ impl EbpfDatapath {
                 self.options.validity,
             )?);
         }
+        self.tables.exclude(&wanted.exclusions)?;
         self.tables
             .fill(&wanted.node, &wanted.remotes, &pods, &self.generation)?;
         let report = self
@@ -285,12 +297,12 @@ impl EbpfDatapath {
     }
 }
 
-fn local_pod(pod: &Pod) -> LocalPod {
+fn local_pod(pod: &Pod, kept: bool) -> LocalPod {
     LocalPod {
         ifindex: pod.ifindex,
         mtu: pod.mtu,
         mac: pod.mac.0,
         gateway_mac: pod.gateway_mac.0,
-        flags: 0,
+        flags: if kept { POD_IN_KERNEL } else { 0 },
     }
 }

@@ -12,7 +12,8 @@ use aya::{
 };
 use flannel_ebpf::{
     layout::{
-        COUNTERS, IDENT, LOCAL_PODS, LocalPod, NODE, NodeConfig, PEER_NODES, REMOTE_SUBNETS,
+        COUNTERS, EXCLUDED_PORTS, EXCLUDED_SUBNETS, FLOWS_IN, FLOWS_OUT, FlowKey, IDENT, InFlow,
+        LOCAL_PODS, LocalPod, NODE, NodeConfig, OutFlow, PEER_NODES, PORT_WORDS, REMOTE_SUBNETS,
         RemoteSubnet, Tally,
     },
     reason::Reason,
@@ -20,6 +21,7 @@ use flannel_ebpf::{
 use ipnet::Ipv4Net;
 
 use super::{EbpfError, epoch::Generation, object::Programs};
+use crate::datapath::exclusion::Exclusions;
 
 /// Addresses in network order, as map keys.
 pub type Addresses<V> = BTreeMap<[u8; 4], V>;
@@ -150,6 +152,12 @@ pub(super) struct MapTables {
     pods: Mirror<HashMap<MapData, [u8; 4], LocalPod>, [u8; 4], LocalPod>,
     peers: Mirror<HashMap<MapData, [u8; 4], u32>, [u8; 4], u32>,
     counters: PerCpuArray<MapData, Tally>,
+    excluded_subnets: Mirror<LpmTrie<MapData, [u8; 4], u32>, Ipv4Net, u32>,
+    excluded_ports: Array<MapData, u64>,
+    /// What the array holds.
+    ports: Vec<u64>,
+    flows_out: HashMap<MapData, FlowKey, OutFlow>,
+    flows_in: HashMap<MapData, FlowKey, InFlow>,
 }
 
 impl MapTables {
@@ -168,7 +176,21 @@ impl MapTables {
             };
         }
         spread_idents(map!(IDENT))?;
+        let excluded_ports: Array<MapData, u64> = map!(EXCLUDED_PORTS);
+        let ports: Result<Vec<u64>, MapError> = (0..PORT_WORDS)
+            .map(|word| excluded_ports.get(&word, 0))
+            .collect();
+        let ports = ports.map_err(|source| EbpfError::Map {
+            action: "read",
+            map: EXCLUDED_PORTS,
+            source,
+        })?;
         Ok(Self {
+            excluded_subnets: Mirror::open(EXCLUDED_SUBNETS, map!(EXCLUDED_SUBNETS))?,
+            excluded_ports,
+            ports,
+            flows_out: map!(FLOWS_OUT),
+            flows_in: map!(FLOWS_IN),
             node: map!(NODE),
             written_node: None,
             remotes: Mirror::open(REMOTE_SUBNETS, map!(REMOTE_SUBNETS))?,
@@ -215,6 +237,37 @@ impl MapTables {
         Ok(())
     }
 
+    /// Makes the programs leave these to the kernel. Where that changes anything all flows are
+    /// forgotten: a verdict that was learned before would hold on.
+    pub(super) fn exclude(&mut self, exclusions: &Exclusions) -> Result<(), EbpfError> {
+        let subnets: BTreeMap<Ipv4Net, u32> = exclusions
+            .subnets
+            .iter()
+            .map(|subnet| (*subnet, 1))
+            .collect();
+        let mut ports = vec![0_u64; PORT_WORDS as usize];
+        for port in &exclusions.ports {
+            ports[usize::from(port >> 6)] |= 1 << (port & 63);
+        }
+        if self.excluded_subnets.held == subnets && self.ports == ports {
+            return Ok(());
+        }
+        self.excluded_subnets.add(&subnets)?;
+        self.excluded_subnets.trim(&subnets)?;
+        for (index, word) in (0_u32..).zip(&ports) {
+            self.excluded_ports
+                .set(index, word, 0)
+                .map_err(|source| EbpfError::Map {
+                    action: "write",
+                    map: EXCLUDED_PORTS,
+                    source,
+                })?;
+        }
+        self.ports = ports;
+        forget(FLOWS_OUT, &mut self.flows_out)?;
+        forget(FLOWS_IN, &mut self.flows_in)
+    }
+
     /// Every outcome, summed over all CPUs.
     pub(super) fn counters(&self) -> Result<Vec<(Reason, Tally)>, EbpfError> {
         Reason::ALL
@@ -236,6 +289,30 @@ impl MapTables {
             })
             .collect()
     }
+}
+
+/// Empties a flow table; its flows take the stack and are learned again.
+fn forget<V: Pod>(
+    name: &'static str,
+    flows: &mut HashMap<MapData, FlowKey, V>,
+) -> Result<(), EbpfError> {
+    let failed = |action| {
+        move |source| EbpfError::Map {
+            action,
+            map: name,
+            source,
+        }
+    };
+    let keys: Result<Vec<FlowKey>, MapError> = flows.keys().collect();
+    for key in keys.map_err(failed("list"))? {
+        match flows.remove(&key) {
+            Ok(()) | Err(MapError::KeyNotFound) => {}
+            Err(MapError::SyscallError(error))
+                if error.io_error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(source) => return Err(failed("remove from")(source)),
+        }
+    }
+    Ok(())
 }
 
 /// Gives each CPU its own stretch of outer IP identifications, so that two of
