@@ -6,6 +6,7 @@
 //! ```
 
 mod bad_input;
+mod bench;
 mod forged;
 mod lab_itself;
 mod learned_works;
