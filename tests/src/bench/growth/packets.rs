@@ -72,7 +72,8 @@ pub(super) fn subnets(sides: &[&Side], sizes: &[u32], pace: Pace) -> Result<Vec<
         for (stage, rates) in stages.iter().zip(&rates) {
             let side = &stage.side;
             points.add("tcp_rr", &side.name, "1/s", *size, rates)?;
-            if side.has_programs() {
+            // A packet that no flow belongs to is forwarded by no other fast path.
+            if side.to_pod == proof::Way::Programs {
                 let (client, server) = stage.pods().context("a side between pods")?;
                 let destinations = leases::scattered(*size, SCATTERED);
                 let packets = program::datagrams_to(client, server, &destinations)?;

@@ -7,9 +7,9 @@ use crate::{
 
 /// The measures that a reader wants first, and their names in words.
 const HEADLINES: [(&str, &str); 6] = [
-    ("tcp_rr", "TCP request and response"),
-    ("udp_rr", "UDP request and response"),
-    ("tcp_crr", "new TCP connections"),
+    ("tcp_rr_p50", "TCP request and response"),
+    ("udp_rr_p50", "UDP request and response"),
+    ("tcp_crr_p50", "a TCP connection for each request"),
     ("first_packet", "first packet of a flow"),
     ("udp_64", "UDP, 64 bytes, one way"),
     ("tcp_stream", "one TCP stream"),
@@ -204,6 +204,11 @@ mod tests {
     };
 
     fn report() -> Report {
+        let [mut slow, mut fast] = [series("netlink", &[2.0]), series("direct", &[1.0])];
+        for one in [&mut slow, &mut fast] {
+            one.measure = "tcp_rr_p50".to_owned();
+            one.figure.better = Better::Lower;
+        }
         let mut first = series("direct", &[10.0, 20.0]);
         let mut base = series("netlink", &[40.0, 40.0]);
         for one in [&mut first, &mut base] {
