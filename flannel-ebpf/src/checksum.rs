@@ -36,6 +36,30 @@ pub fn updated(check: [u8; 2], old: [u8; 2], new: [u8; 2]) -> [u8; 2] {
     (!fold(sum)).to_be_bytes()
 }
 
+/// What replacing `old` by `new` adds to the sum behind a checksum, for [`shifted`].
+#[inline(always)]
+#[must_use]
+pub fn difference(old: [u8; 4], new: [u8; 4]) -> u16 {
+    let words = |bytes: [u8; 4]| {
+        (
+            u16::from_be_bytes([bytes[0], bytes[1]]),
+            u16::from_be_bytes([bytes[2], bytes[3]]),
+        )
+    };
+    let ((old_high, old_low), (new_high, new_low)) = (words(old), words(new));
+    fold(u32::from(!old_high) + u32::from(!old_low) + u32::from(new_high) + u32::from(new_low))
+}
+
+/// What one hop adds to the sum of an IPv4 header: the TTL is the upper byte of its word.
+pub const ONE_HOP: u16 = 0xfeff;
+
+/// The checksum after `deltas` were added to the summed bytes.
+#[inline(always)]
+#[must_use]
+pub fn shifted(check: [u8; 2], deltas: u32) -> [u8; 2] {
+    (!fold(u32::from(!u16::from_be_bytes(check)) + deltas)).to_be_bytes()
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -61,6 +85,19 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn a_translated_hop_equals_recomputation(mut header: [u8; 20], far: [u8; 4], ttl in 2u8..) {
+            header[8] = ttl;
+            header[10..12].fill(0);
+            let check = ipv4(&header);
+            let old = [header[16], header[17], header[18], header[19]];
+            header[16..20].copy_from_slice(&far);
+            header[8] -= 1;
+            let new = shifted(check, u32::from(difference(old, far)) + u32::from(ONE_HOP));
+            header[10..12].copy_from_slice(&new);
+            prop_assert!(valid(&header));
+        }
+
         #[test]
         fn update_equals_recomputation(mut header: [u8; 20], word in 0usize..10, new: [u8; 2]) {
             prop_assume!(word != 5);

@@ -11,8 +11,10 @@ use crate::{
     encap::segment_len,
     frame::Frame,
     header::{self, Ethernet},
-    layout::{DROP_FORGED, FAST_PATH_DIRECT, LocalPod, NodeConfig},
+    layout::{DROP_FORGED, FAST_PATH_DIRECT, InFlow, LocalPod, NodeConfig},
+    learned::{self, Hit},
     outer::OVERHEAD,
+    packet::Packet,
     reason::Reason,
     tables::Tables,
 };
@@ -50,17 +52,18 @@ fn forged(node: &NodeConfig) -> Reason {
     }
 }
 
-/// Decides on a packet that came in by the uplink, without changing it.
-///
-/// # Errors
-/// The one reason for which the packet is not delivered here.
+/// The headers of a tunnel packet of our network, addressed to us.
+struct Tunnel<'f> {
+    outer: &'f Ipv4Hdr,
+    udp: &'f UdpHdr,
+    inner: &'f Ipv4Hdr,
+    inner_type: [u8; 2],
+}
+
+/// Is it a tunnel packet of our network, addressed to us?
 #[inline(always)]
-pub fn deliver<'a, F: Frame, T: Tables>(frame: &F, tables: &'a T) -> Result<Delivery<'a>, Reason> {
+fn tunnel<'f, F: Frame>(frame: &'f F, node: &NodeConfig) -> Result<Tunnel<'f>, Reason> {
     let meta = frame.meta();
-    let node = tables.node().ok_or(Reason::InFastPathOff)?;
-    if node.flags & FAST_PATH_DIRECT == 0 {
-        return Err(Reason::InFastPathOff);
-    }
     // One bounds check for the whole stack of headers; shorter frames are no tunnel packets.
     let inner = frame.at::<Ipv4Hdr>(INNER_IP).ok_or(Reason::InNotTunnel)?;
     let ethernet = frame.at::<Ethernet>(0).ok_or(Reason::InNotTunnel)?;
@@ -98,25 +101,121 @@ pub fn deliver<'a, F: Frame, T: Tables>(frame: &F, tables: &'a T) -> Result<Deli
     if inner_ethernet.destination != node.vtep_mac {
         return Err(Reason::InOtherVtep);
     }
-    if inner_ethernet.ether_type != header::IPV4 {
-        return Err(if tables.is_peer(outer.src_addr) {
+    Ok(Tunnel {
+        outer,
+        udp,
+        inner,
+        inner_type: inner_ethernet.ether_type,
+    })
+}
+
+/// Can a known peer have sent it?
+#[inline(always)]
+fn is_genuine<T: Tables>(tunnel: &Tunnel<'_>, node: &NodeConfig, tables: &T) -> Result<(), Reason> {
+    if tunnel.inner_type != header::IPV4 {
+        return Err(if tables.is_peer(tunnel.outer.src_addr) {
             Reason::InNotIpv4
         } else {
             forged(node)
         });
     }
-    match tables.remote(inner.src_addr) {
-        Some(remote) if remote.node == outer.src_addr && remote.vni == node.vni => {}
-        Some(_) => return Err(forged(node)),
-        None if tables.is_peer(outer.src_addr) => return Err(Reason::InSourceUnknown),
-        None => return Err(forged(node)),
+    match tables.remote(tunnel.inner.src_addr) {
+        Some(remote) if remote.node == tunnel.outer.src_addr && remote.vni == node.vni => Ok(()),
+        Some(_) => Err(forged(node)),
+        None if tables.is_peer(tunnel.outer.src_addr) => Err(Reason::InSourceUnknown),
+        None => Err(forged(node)),
     }
+}
+
+/// Do the lengths of all headers agree?
+#[inline(always)]
+fn is_whole(tunnel: &Tunnel<'_>, len: u32) -> bool {
+    u32::from(tunnel.outer.tot_len()) + OUTER_IP as u32 == len
+        && u32::from(u16::from_be_bytes(tunnel.udp.len)) + OUTER_UDP as u32 == len
+        && u32::from(tunnel.inner.tot_len()) + INNER_IP as u32 == len
+}
+
+/// What becomes of a packet from the uplink where ways are learned.
+#[derive(Clone, Copy, Debug)]
+pub enum Arrive<'a> {
+    /// Its flow has an entry. With the packet comes the inner TOS byte afterwards.
+    Known(Hit<'a, InFlow>, Packet, u8),
+    /// The stack has it, or it is forged.
+    Kernel(Reason),
+}
+
+/// Decides on a packet that came in by the uplink, where ways are learned, without changing it.
+#[inline(always)]
+pub fn arrive<'a, F: Frame, T: Tables>(frame: &F, tables: &'a T, node: &NodeConfig) -> Arrive<'a> {
+    let meta = frame.meta();
+    let tunnel = match tunnel(frame, node) {
+        Ok(tunnel) => tunnel,
+        Err(reason) => return Arrive::Kernel(reason),
+    };
+    if tunnel.inner_type == header::IPV4
+        && let Some(packet) = Packet::read(frame, INNER_IP)
+        && let Some(flow) = tables.flow_in(&packet.key)
+        // Only its peer may use a flow's entry; whoever else says so is asked below who he is.
+        && flow.node == tunnel.outer.src_addr
+    {
+        if !is_whole(&tunnel, meta.len) {
+            return Arrive::Kernel(Reason::InOuterForm);
+        }
+        let Some(tos) = ecn::inner_tos(tunnel.outer.tos, packet.tos) else {
+            return Arrive::Kernel(Reason::InEcn);
+        };
+        return Arrive::Known(
+            learned::inbound(tables, flow, &packet, meta.gso_size),
+            packet,
+            tos,
+        );
+    }
+    if let Err(reason) = is_genuine(&tunnel, node, tables) {
+        return Arrive::Kernel(reason);
+    }
+    Arrive::Kernel(match Packet::read(frame, INNER_IP) {
+        Some(packet) if packet.is_boundary() => Reason::InBoundary,
+        Some(_) => Reason::InUnlearned,
+        None => unfit(tunnel.inner),
+    })
+}
+
+/// Why a packet is none of a flow that could be learned.
+#[inline(always)]
+fn unfit(inner: &Ipv4Hdr) -> Reason {
     if inner.vihl != 0x45 {
-        return Err(if inner.vihl >> 4 == 4 && inner.vihl & 0xf > 5 {
+        if inner.vihl >> 4 == 4 && inner.vihl & 0xf > 5 {
             Reason::InIpOptions
         } else {
             Reason::InMalformed
-        });
+        }
+    } else if header::is_multicast(inner.dst_addr) {
+        Reason::InMulticast
+    } else if header::is_fragment(inner) {
+        Reason::InFragment
+    } else if inner.proto != header::TCP && inner.proto != header::UDP {
+        Reason::InProtocol
+    } else {
+        Reason::InMalformed
+    }
+}
+
+/// Decides on a packet that came in by the uplink, without changing it.
+///
+/// # Errors
+/// The one reason for which the packet is not delivered here.
+#[inline(always)]
+pub fn deliver<'a, F: Frame, T: Tables>(frame: &F, tables: &'a T) -> Result<Delivery<'a>, Reason> {
+    let meta = frame.meta();
+    let node = tables.node().ok_or(Reason::InFastPathOff)?;
+    if node.flags & FAST_PATH_DIRECT == 0 {
+        return Err(Reason::InFastPathOff);
+    }
+    let tunnel = tunnel(frame, node)?;
+    is_genuine(&tunnel, node, tables)?;
+    let inner = tunnel.inner;
+    if inner.vihl != 0x45 {
+        return Err(unfit(inner));
     }
     if header::is_multicast(inner.dst_addr) {
         return Err(Reason::InMulticast);
@@ -136,17 +235,13 @@ pub fn deliver<'a, F: Frame, T: Tables>(frame: &F, tables: &'a T) -> Result<Deli
     if inner.ttl <= 1 {
         return Err(Reason::InTtl);
     }
-    let inner_len = u32::from(inner.tot_len());
-    if u32::from(outer.tot_len()) + OUTER_IP as u32 != meta.len
-        || u32::from(u16::from_be_bytes(udp.len)) + OUTER_UDP as u32 != meta.len
-        || inner_len + INNER_IP as u32 != meta.len
-    {
+    if !is_whole(&tunnel, meta.len) {
         return Err(Reason::InOuterForm);
     }
     if segment_len(frame, inner, INNER_IP, &meta).ok_or(Reason::InMalformed)? > pod.mtu {
         return Err(Reason::InOverMtu);
     }
-    let tos = ecn::inner_tos(outer.tos, inner.tos).ok_or(Reason::InEcn)?;
+    let tos = ecn::inner_tos(tunnel.outer.tos, inner.tos).ok_or(Reason::InEcn)?;
     Ok(Delivery {
         pod,
         ttl: inner.ttl,

@@ -1,14 +1,132 @@
 //! Out of a pod: may the program carry this packet to a peer, and how?
 
-use network_types::{ip::Ipv4Hdr, tcp::TcpHdr};
+use network_types::{ip::Ipv4Hdr, tcp::TcpHdr, udp::UdpHdr, vxlan::VxlanHdr};
 
 use crate::{
     frame::{Frame, Meta},
     header::{self, Ethernet, Header},
-    layout::{FAST_PATH_DIRECT, MODE_VXLAN, NodeConfig, RemoteSubnet},
+    layout::{FAST_PATH_DIRECT, MODE_VXLAN, NodeConfig, OutFlow, POD_IN_KERNEL, RemoteSubnet},
+    learned::{self, Hit},
+    packet::Packet,
     reason::Reason,
     tables::Tables,
 };
+
+/// What becomes of a packet of a pod where ways are learned.
+#[derive(Clone, Copy, Debug)]
+pub enum Leave<'a> {
+    /// Its flow has an entry.
+    Known(Hit<'a, OutFlow>, Packet),
+    /// The stack has it; worth a note, because the stack may show what it does with the flow.
+    Ask(Packet),
+    /// The stack has it.
+    Kernel(Reason),
+}
+
+/// Decides on a packet that a pod sent, where ways are learned, without changing it.
+#[inline(always)]
+pub fn leave<'a, F: Frame, T: Tables>(frame: &F, tables: &'a T, node: &NodeConfig) -> Leave<'a> {
+    let meta = frame.meta();
+    let (Some(ethernet), Some(ip)) = (frame.at::<Ethernet>(0), frame.at::<Ipv4Hdr>(Ethernet::LEN))
+    else {
+        return Leave::Kernel(Reason::OutNotIpv4);
+    };
+    if meta.vlan || ethernet.ether_type != header::IPV4 {
+        return Leave::Kernel(Reason::OutNotIpv4);
+    }
+    let Some(packet) = Packet::read(frame, Ethernet::LEN) else {
+        return Leave::Kernel(unfit(ip));
+    };
+    if u32::from(packet.len) + Ethernet::LEN as u32 != meta.len {
+        return Leave::Kernel(Reason::OutMalformed);
+    }
+    if let Some(flow) = tables.flow_out(&packet.key) {
+        let hit = learned::out(
+            tables,
+            node,
+            flow,
+            &packet,
+            ethernet,
+            meta.ifindex,
+            meta.gso_size,
+        );
+        return Leave::Known(hit, packet);
+    }
+    if packet.is_boundary() {
+        return Leave::Kernel(Reason::OutBoundary);
+    }
+    if let Some(reason) = learned::held_out(&tables.epoch(), &packet) {
+        return Leave::Kernel(reason);
+    }
+    if header::is_multicast(packet.key.dst) {
+        return Leave::Kernel(Reason::OutMulticast);
+    }
+    let Some(pod) = tables
+        .local_pod(packet.key.src)
+        .filter(|pod| pod.ifindex == meta.ifindex)
+    else {
+        return Leave::Kernel(Reason::OutForeignSource);
+    };
+    if pod.flags & POD_IN_KERNEL != 0 {
+        return Leave::Kernel(Reason::OutPodInKernel);
+    }
+    if ethernet.destination != pod.gateway_mac {
+        return Leave::Kernel(Reason::OutNotForGateway);
+    }
+    if packet.ttl <= 1 {
+        return Leave::Kernel(Reason::OutTtl);
+    }
+    if packet.segment_len(meta.gso_size) > node.pod_mtu {
+        return Leave::Kernel(Reason::OutOverMtu);
+    }
+    Leave::Ask(packet)
+}
+
+/// Why a packet is none of a flow that could be learned.
+#[inline(always)]
+fn unfit(ip: &Ipv4Hdr) -> Reason {
+    if ip.vihl != 0x45 {
+        if ip.vihl >> 4 == 4 && ip.vihl & 0xf > 5 {
+            Reason::OutIpOptions
+        } else {
+            Reason::OutMalformed
+        }
+    } else if header::is_multicast(ip.dst_addr) {
+        Reason::OutMulticast
+    } else if header::is_fragment(ip) {
+        Reason::OutFragment
+    } else if ip.proto != header::TCP && ip.proto != header::UDP {
+        Reason::OutProtocol
+    } else {
+        Reason::OutMalformed
+    }
+}
+
+/// Offset of the inner IP header of a tunnel packet.
+pub const INNER_IP: usize = size_of::<Ethernet>() + crate::outer::OVERHEAD;
+
+/// Is it a tunnel packet of our network with IPv4 inside, as it leaves by the uplink?
+#[inline(always)]
+pub fn is_tunnelled<F: Frame>(frame: &F, node: &NodeConfig) -> bool {
+    const IP: usize = size_of::<Ethernet>();
+    let (Some(ethernet), Some(outer), Some(udp), Some(vxlan), Some(inner)) = (
+        frame.at::<Ethernet>(0),
+        frame.at::<Ipv4Hdr>(IP),
+        frame.at::<UdpHdr>(IP + Ipv4Hdr::LEN),
+        frame.at::<VxlanHdr>(IP + Ipv4Hdr::LEN + UdpHdr::LEN),
+        frame.at::<Ethernet>(INNER_IP - Ethernet::LEN),
+    ) else {
+        return false;
+    };
+    !frame.meta().vlan
+        && ethernet.ether_type == header::IPV4
+        && outer.vihl == 0x45
+        && outer.proto == header::UDP
+        && !header::is_fragment(outer)
+        && udp.dst == node.port
+        && vxlan.vni() == node.vni
+        && inner.ether_type == header::IPV4
+}
 
 /// Everything needed to send one packet on; nothing has been changed yet.
 #[derive(Clone, Copy, Debug)]

@@ -10,6 +10,10 @@ pub trait Frame {
 
     /// What the kernel knows of the packet beside its bytes.
     fn meta(&self) -> Meta;
+
+    /// Up to 16 bytes at `offset`, data in pages included; zeros where `len` is less or the
+    /// packet ends.
+    fn start(&self, offset: usize, len: u32) -> [u8; 16];
 }
 
 /// The packet's metadata.
@@ -58,5 +62,14 @@ impl Frame for Bytes<'_> {
 
     fn meta(&self) -> Meta {
         self.meta
+    }
+
+    fn start(&self, offset: usize, len: u32) -> [u8; 16] {
+        let mut start = [0; 16];
+        let end = self.bytes.len().min(offset + len.min(16) as usize);
+        if let Some(bytes) = self.bytes.get(offset..end) {
+            start[..bytes.len()].copy_from_slice(bytes);
+        }
+        start
     }
 }

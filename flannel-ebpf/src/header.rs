@@ -39,6 +39,8 @@ macro_rules! headers {
     )* };
 }
 headers!(
+    [u8; 16] = 16,
+    [u8; 64] = 64,
     Ethernet = 14,
     Ipv4Hdr = 20,
     UdpHdr = 8,
@@ -58,6 +60,14 @@ pub fn is_fragment(ip: &Ipv4Hdr) -> bool {
 #[must_use]
 pub fn is_multicast(address: [u8; 4]) -> bool {
     address[0] >= 0xe0
+}
+
+/// The flags byte of a TCP header.
+#[inline(always)]
+#[must_use]
+pub fn tcp_flags(tcp: &TcpHdr) -> u8 {
+    // SAFETY: 20 bytes of alignment 1 as checked above.
+    unsafe { (&raw const *tcp).cast::<[u8; 20]>().as_ref() }.map_or(0, |bytes| bytes[13])
 }
 
 /// Length of a TCP header in bytes, options included, as its data offset says.

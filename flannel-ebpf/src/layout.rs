@@ -8,12 +8,20 @@ use bytemuck::{Pod, Zeroable};
 
 /// Version of everything in this file. Maps of another version are never
 /// reused: the agent fills new ones and moves the attached programs over.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// Name of the program at the ingress of a pod's host-side veth.
 pub const FROM_POD: &str = "from_pod";
 /// Name of the program at the ingress of the uplink.
 pub const FROM_UPLINK: &str = "from_uplink";
+/// Name of the program at the egress of the uplink: what the stack made of a pod's packet.
+pub const TO_UPLINK: &str = "to_uplink";
+/// Name of the program at the ingress of the tunnel device: what the stack is about to judge.
+pub const FROM_TUNNEL: &str = "from_tunnel";
+/// Name of the program at the egress of a pod's host-side veth: what the stack made of it.
+pub const TO_POD: &str = "to_pod";
+/// Name of the program that only tells the time; see [`crate::validity`].
+pub const CLOCK: &str = "clock";
 
 /// Array with one [`NodeConfig`].
 pub const NODE: &str = "NODE";
@@ -28,6 +36,31 @@ pub const COUNTERS: &str = "COUNTERS";
 /// Per-CPU array with one `u32`: the next outer IP identification.
 pub const IDENT: &str = "IDENT";
 
+/// LRU hash: [`FlowKey`] as the pod sends it → [`OutFlow`].
+pub const FLOWS_OUT: &str = "FLOWS_OUT";
+/// LRU hash: [`FlowKey`] as it arrives inside the tunnel → [`InFlow`].
+pub const FLOWS_IN: &str = "FLOWS_IN";
+/// Per-CPU array: what came in by a pod's veth and is on its way through the stack.
+pub const NOTES_OUT: &str = "NOTES_OUT";
+/// Per-CPU array: what came in by the tunnel device and is on its way through the stack.
+pub const NOTES_IN: &str = "NOTES_IN";
+/// Per-CPU array: index of the last note without its far end, for packets that are translated.
+pub const TRAILS_OUT: &str = "TRAILS_OUT";
+/// Per-CPU array: as [`TRAILS_OUT`], for the way in.
+pub const TRAILS_IN: &str = "TRAILS_IN";
+/// Per-CPU array of [`Candidate`]: flows that have not earned an entry yet.
+pub const CANDIDATES_OUT: &str = "CANDIDATES_OUT";
+/// Per-CPU array of [`Candidate`], way in.
+pub const CANDIDATES_IN: &str = "CANDIDATES_IN";
+/// Array with one [`Epoch`].
+pub const EPOCH: &str = "EPOCH";
+/// Array of `u32`: generation of whatever hashes there, see [`generation_slot`].
+pub const GENERATIONS: &str = "GENERATIONS";
+/// Longest-prefix map: address that is never bypassed → 1.
+pub const EXCLUDED_SUBNETS: &str = "EXCLUDED_SUBNETS";
+/// Array of 1,024 `u64`: one bit per TCP or UDP port that is never bypassed.
+pub const EXCLUDED_PORTS: &str = "EXCLUDED_PORTS";
+
 /// Most peers that the maps hold.
 pub const MAX_REMOTE_SUBNETS: u32 = 131_072;
 /// Most local pod addresses.
@@ -38,6 +71,33 @@ pub const FAST_PATH_DIRECT: u32 = 1 << 0;
 /// [`NodeConfig::flags`]: tunnel packets for our VNI that no known peer can
 /// have sent are dropped; without it the kernel decides.
 pub const DROP_FORGED: u32 = 1 << 1;
+
+/// [`NodeConfig::flags`]: flows whose way was learned may bypass the stack.
+pub const FAST_PATH_LEARNED: u32 = 1 << 2;
+/// [`NodeConfig::flags`]: some addresses or ports are never bypassed.
+pub const HAS_EXCLUSIONS: u32 = 1 << 3;
+
+/// Flows of each direction that the tables hold unless a flag says otherwise.
+pub const DEFAULT_FLOWS: u32 = 65_536;
+/// Notes per CPU and direction. The stack takes packets in batches of up to 64
+/// between the two sightings; this leaves 97 % of them their own place.
+pub const NOTES: u32 = 1_024;
+/// Candidates per CPU and direction.
+pub const CANDIDATES: u32 = 1_024;
+/// Places in `GENERATIONS`. Two things in one place cost a needless look at the stack, no more.
+pub const GENERATION_SLOTS: u32 = 4_096;
+/// Words of `EXCLUDED_PORTS`.
+pub const PORT_WORDS: u32 = 1_024;
+/// Most prefixes in `EXCLUDED_SUBNETS`.
+pub const MAX_EXCLUDED_SUBNETS: u32 = 1_024;
+
+/// Where the generation of a pod or a peer is kept in `GENERATIONS`.
+#[inline(always)]
+#[must_use]
+pub const fn generation_slot(address: [u8; 4]) -> u32 {
+    u32::from_be_bytes(address).wrapping_mul(0x9e37_79b1) >> 20
+}
+const _: () = assert!(1 << (32 - 20) == GENERATION_SLOTS);
 
 /// Value of `NODE`: what the programs know of their own node.
 #[repr(C)]
@@ -66,8 +126,12 @@ pub struct NodeConfig {
     pub outer_ttl: u8,
     /// Always zero.
     pub _pad: [u8; 3],
+    /// Mixed into every hash, so that nobody outside can choose its place.
+    pub seed: u32,
+    /// Interface index of the tunnel device.
+    pub tunnel: u32,
 }
-const _: () = assert!(size_of::<NodeConfig>() == 36);
+const _: () = assert!(size_of::<NodeConfig>() == 44);
 
 /// Value of `REMOTE_SUBNETS`: the way to one peer.
 #[repr(C)]
@@ -106,8 +170,234 @@ pub struct LocalPod {
     pub mac: [u8; 6],
     /// MAC address of the pod's gateway: the bridge, or the veth's end on the host.
     pub gateway_mac: [u8; 6],
+    /// Bits named `POD_…`.
+    pub flags: u32,
 }
-const _: () = assert!(size_of::<LocalPod>() == 20);
+const _: () = assert!(size_of::<LocalPod>() == 24);
+
+/// [`LocalPod::flags`]: never bypassed: its veth is shaped or carries somebody's filter, or the
+/// operator said so.
+pub const POD_IN_KERNEL: u32 = 1 << 0;
+
+/// One direction of a flow: key of the flow tables. Aligned, so that copies of it on a program's
+/// stack may be moved word by word.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct FlowKey {
+    /// Source address.
+    pub src: [u8; 4],
+    /// Destination address.
+    pub dst: [u8; 4],
+    /// Source port, network order.
+    pub sport: [u8; 2],
+    /// Destination port, network order.
+    pub dport: [u8; 2],
+    /// IP protocol: TCP or UDP.
+    pub protocol: u8,
+    /// Always zero.
+    pub _pad: u8,
+    /// Always zero.
+    pub _end: u16,
+}
+const _: () = assert!(size_of::<FlowKey>() == 16);
+
+impl FlowKey {
+    /// The opposite direction.
+    #[inline(always)]
+    #[must_use]
+    pub const fn reversed(&self) -> Self {
+        Self {
+            src: self.dst,
+            dst: self.src,
+            sport: self.dport,
+            dport: self.sport,
+            protocol: self.protocol,
+            _pad: 0,
+            _end: 0,
+        }
+    }
+}
+
+/// What holds for a flow in one direction, and how long: head of the flow tables' values.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Verdict {
+    /// [`crate::hash::tag`] of the key. A least-recently-used table may hand an entry to another
+    /// flow while a program looks at it: a reader compares this, and its twin at the end.
+    pub tag: u32,
+    /// When the stack last confirmed it, in jiffies.
+    pub seen: u32,
+    /// When a packet was last sent to ask the stack, in jiffies.
+    pub probed: u32,
+    /// Global generation of the last confirmation.
+    pub generation: u32,
+    /// Generation of the pod.
+    pub pod_generation: u32,
+    /// Generation of the peer.
+    pub peer_generation: u32,
+    /// When the entry was made, in jiffies.
+    pub since: u32,
+    /// The far end after translation: destination on the way out, source on the way in.
+    pub far: [u8; 4],
+    /// Packets that bypassed the stack.
+    pub packets: u64,
+    /// Its port, network order.
+    pub far_port: [u8; 2],
+    /// Place of the pod's generation.
+    pub pod_slot: u16,
+    /// Place of the peer's generation.
+    pub peer_slot: u16,
+    /// What the far end's change adds to the IP header's checksum, host order.
+    pub ip_delta: u16,
+    /// DSCP in the upper six bits: another one is another verdict.
+    pub dscp: u8,
+    /// Is the far end translated? 0 or 1.
+    pub translated: u8,
+    /// Always zero.
+    pub _pad: [u16; 3],
+}
+const _: () = assert!(size_of::<Verdict>() == 56);
+
+/// Bytes from the outer Ethernet header to the inner one, both included.
+pub const TEMPLATE_LEN: usize = 64;
+
+/// Value of `FLOWS_OUT`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct OutFlow {
+    /// The verdict.
+    pub verdict: Verdict,
+    /// Interface that the pod's packets come in by.
+    pub ingress: u32,
+    /// Interface that they leave by.
+    pub uplink: u32,
+    /// Mark that the stack leaves on them.
+    pub mark: u32,
+    /// Priority that the stack gives them.
+    pub priority: u32,
+    /// MAC address that the pod sends them to.
+    pub gateway_mac: [u8; 6],
+    /// Always zero.
+    pub _pad: [u8; 2],
+    /// One's complement sum of the template's IP header, host order.
+    pub outer_sum: u32,
+    /// All headers before the inner IP header as the kernel made them; what differs between
+    /// packets is zero: TOS, length, identification, checksums.
+    pub template: [u8; TEMPLATE_LEN],
+    /// [`Verdict::tag`] again.
+    pub tag: u32,
+    /// Always zero.
+    pub _end: [u32; 2],
+}
+const _: () = assert!(size_of::<OutFlow>() == 160);
+
+/// Value of `FLOWS_IN`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct InFlow {
+    /// The verdict.
+    pub verdict: Verdict,
+    /// Interface of the pod's veth on the host.
+    pub pod: u32,
+    /// MTU of the pod in bytes.
+    pub mtu: u32,
+    /// Public address of the peer that owns the inner source: the only outer source.
+    pub node: [u8; 4],
+    /// Destination and source MAC address as the stack delivers.
+    pub macs: [u8; 12],
+    /// [`Verdict::tag`] again.
+    pub tag: u32,
+    /// Always zero.
+    pub _end: u32,
+}
+const _: () = assert!(size_of::<InFlow>() == 88);
+
+/// A packet at its first sighting. Aligned as [`FlowKey`].
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Note {
+    /// Its flow.
+    pub key: FlowKey,
+    /// TCP sequence number; zero for UDP.
+    pub seq: [u8; 4],
+    /// TCP acknowledgement number; zero for UDP.
+    pub ack: [u8; 4],
+    /// The first bytes behind the fixed TCP or UDP header, zeros where there are fewer.
+    pub start: [u8; 16],
+    /// IP identification.
+    pub id: [u8; 2],
+    /// IP total length, network order.
+    pub len: [u8; 2],
+    /// TCP window; UDP length.
+    pub window: [u8; 2],
+    /// TCP flags; zero for UDP.
+    pub tcp_flags: u8,
+    /// TOS byte.
+    pub tos: u8,
+    /// TTL before the stack counts the hop.
+    pub ttl: u8,
+    /// 1 until it is matched.
+    pub live: u8,
+    /// A copy that only asks: the packet itself has gone the fast way.
+    pub probe: u8,
+    /// Always zero.
+    pub _pad: u8,
+    /// When, in jiffies.
+    pub at: u32,
+    /// Global generation then.
+    pub generation: u32,
+    /// Interface it came in by.
+    pub ifindex: u32,
+}
+const _: () = assert!(size_of::<Note>() == 64);
+
+/// Value of `TRAILS_…`: where the note of a packet is that may be translated.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Trail {
+    /// Index of the note, plus 1; 0 for none.
+    pub note: u16,
+    /// Two packets that only their far ends tell apart: neither may be matched by it.
+    pub ambiguous: u16,
+}
+const _: () = assert!(size_of::<Trail>() == 4);
+
+/// A flow with one outcome that was not seen often enough yet.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Candidate {
+    /// Hash of flow and outcome.
+    pub outcome: u64,
+    /// How often in a row.
+    pub times: u32,
+    /// Global generation of the first time.
+    pub generation: u32,
+}
+const _: () = assert!(size_of::<Candidate>() == 16);
+
+/// Value of `EPOCH`: how long verdicts hold, and whether they may be used at all.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Epoch {
+    /// Raised by everything that can change a verdict.
+    pub generation: u32,
+    /// Until then, in jiffies, verdicts of the generation before hold while they are rechecked.
+    pub grace_until: u32,
+    /// Bits `BYPASS_ANY` and `BYPASS_TCP`.
+    pub flags: u32,
+    /// How long a confirmed verdict holds, in jiffies.
+    pub validity: u32,
+    /// Pause between two probes of a flow that nobody answered, in jiffies.
+    pub probe_gap: u32,
+    /// The same while a flow still has the verdict of an older generation, in jiffies.
+    pub recheck_gap: u32,
+}
+const _: () = assert!(size_of::<Epoch>() == 24);
+
+/// [`Epoch::flags`]: verdicts may be used.
+pub const BYPASS_ANY: u32 = 1 << 0;
+/// [`Epoch::flags`]: conntrack can stand TCP that comes back to it.
+pub const BYPASS_TCP: u32 = 1 << 1;
 
 /// Value of `COUNTERS`: packets with one outcome on one CPU.
 #[repr(C)]
@@ -122,7 +412,7 @@ const _: () = assert!(size_of::<Tally>() == 16);
 
 #[cfg(feature = "user")]
 mod user {
-    use super::{LocalPod, NodeConfig, RemoteSubnet, Tally};
+    use super::{Epoch, FlowKey, InFlow, LocalPod, NodeConfig, OutFlow, RemoteSubnet, Tally};
 
     // SAFETY: all are `repr(C)`, free of padding (bytemuck checks that) and valid for any bytes.
     unsafe impl aya::Pod for NodeConfig {}
@@ -132,4 +422,12 @@ mod user {
     unsafe impl aya::Pod for LocalPod {}
     // SAFETY: see above.
     unsafe impl aya::Pod for Tally {}
+    // SAFETY: see above.
+    unsafe impl aya::Pod for FlowKey {}
+    // SAFETY: see above.
+    unsafe impl aya::Pod for Epoch {}
+    // SAFETY: see above.
+    unsafe impl aya::Pod for OutFlow {}
+    // SAFETY: see above.
+    unsafe impl aya::Pod for InFlow {}
 }

@@ -6,6 +6,8 @@
 //!
 //! * out of a pod: [`encap::encapsulate`] decides, [`outer`] makes the new headers;
 //! * in from a peer: [`decap::deliver`] decides;
+//! * both look first for what was learned of the flow: [`learned`] with [`validity`];
+//! * [`sighting`] and [`learn`] watch what the stack does with the rest;
 //! * whatever is not forwarded has one [`reason::Reason`].
 
 #![cfg_attr(not(any(test, feature = "rows")), no_std)]
@@ -16,10 +18,16 @@ pub mod ecn;
 pub mod encap;
 pub mod flow;
 pub mod frame;
+pub mod hash;
 pub mod header;
 pub mod layout;
+pub mod learn;
+pub mod learned;
 pub mod outer;
+pub mod packet;
 pub mod reason;
 #[cfg(any(test, feature = "rows"))]
 pub mod rows;
+pub mod sighting;
 pub mod tables;
+pub mod validity;

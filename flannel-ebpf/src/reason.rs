@@ -30,6 +30,10 @@ pub enum Direction {
     Out,
     /// `from_uplink`: from a peer towards a local pod.
     In,
+    /// `to_uplink`: what the stack made of a pod's packet.
+    LearnOut,
+    /// `to_pod`: what the stack made of a peer's packet.
+    LearnIn,
 }
 
 impl Direction {
@@ -39,6 +43,8 @@ impl Direction {
         match self {
             Self::Out => "out",
             Self::In => "in",
+            Self::LearnOut => "learn out",
+            Self::LearnIn => "learn in",
         }
     }
 }
@@ -92,6 +98,14 @@ reasons! {
     OutIpOptions: Out, Kernel, "out_ip_options", "carries IP options";
     OutFragment: Out, Kernel, "out_fragment", "is an IP fragment";
     OutMulticast: Out, Kernel, "out_multicast", "multicast or broadcast destination";
+    OutUnlearned: Out, Kernel, "out_unlearned", "the stack has not yet shown often enough what it does with this flow";
+    OutProbe: Out, Kernel, "out_probe", "asks the stack whether the verdict still holds";
+    OutStale: Out, Kernel, "out_stale", "the verdict is too old, or something changed since";
+    OutBoundary: Out, Kernel, "out_boundary", "opens or ends a TCP connection, which conntrack must see";
+    OutOtherDscp: Out, Kernel, "out_other_dscp", "another DSCP than the verdict's";
+    OutPodInKernel: Out, Kernel, "out_pod_in_kernel", "this pod stays with the kernel: shaped, filtered by others, or excluded";
+    OutHeld: Out, Kernel, "out_held", "nothing bypasses the stack at present; status says why";
+    OutConntrack: Out, Kernel, "out_conntrack", "TCP stays with the kernel: its conntrack settings would end a flow that comes back";
     OutNotRemote: Out, Kernel, "out_not_remote", "the destination is in no peer's subnet";
     OutPeerInKernel: Out, Kernel, "out_peer_in_kernel", "the kernel carries this peer (no route to it at present)";
     OutNotForGateway: Out, Kernel, "out_not_for_gateway", "the frame is not addressed to the pod's gateway";
@@ -118,6 +132,13 @@ reasons! {
     InMulticast: In, Kernel, "in_multicast", "multicast or broadcast destination";
     InForged: In, Dropped, "in_forged", "no known peer can have sent it: the outer source does not own the inner source";
     InForgedPassed: In, Kernel, "in_forged_passed", "no known peer can have sent it; left to the kernel as --forged-vxlan pass asks";
+    InUnlearned: In, Kernel, "in_unlearned", "the stack has not yet shown often enough what it does with this flow";
+    InProbe: In, Kernel, "in_probe", "a copy that asks the stack whether the verdict still holds; the packet itself was delivered";
+    InStale: In, Kernel, "in_stale", "the verdict is too old, or something changed since";
+    InBoundary: In, Kernel, "in_boundary", "opens or ends a TCP connection, which conntrack must see";
+    InOtherDscp: In, Kernel, "in_other_dscp", "another DSCP than the verdict's";
+    InHeld: In, Kernel, "in_held", "nothing bypasses the stack at present; status says why";
+    InConntrack: In, Kernel, "in_conntrack", "TCP stays with the kernel: its conntrack settings would end a flow that comes back";
     InSourceUnknown: In, Kernel, "in_source_unknown", "the inner source is in no peer's subnet, the outer source is a peer";
     InNotLocalPod: In, Kernel, "in_not_local_pod", "the inner destination is no pod that the programs know";
     InProtocol: In, Kernel, "in_protocol", "neither TCP nor UDP";
@@ -127,6 +148,32 @@ reasons! {
     InEcn: In, Kernel, "in_ecn", "congestion marked outside, not ECN-capable inside: the kernel drops it (RFC 6040)";
     InNoRoom: In, Kernel, "in_no_room", "the kernel refused to take the outer headers off";
     InLost: In, Dropped, "in_lost", "the packet changed under the program after decapsulation";
+    LearnOutConfirmed: LearnOut, Kernel, "learn_out_confirmed", "the stack let it leave as the verdict says: the verdict holds on";
+    LearnOutCounted: LearnOut, Kernel, "learn_out_counted", "the stack let it leave; not often enough in a row for a verdict";
+    LearnOutLearned: LearnOut, Kernel, "learn_out_learned", "the stack let it leave the same way often enough: a verdict is made";
+    LearnOutChanged: LearnOut, Kernel, "learn_out_changed", "the stack let it leave otherwise than the verdict says: the verdict is withdrawn";
+    LearnOutUnmatched: LearnOut, Kernel, "learn_out_unmatched", "no note of this packet: not from here, another CPU, or changed beyond what can be repeated";
+    LearnOutOtherTos: LearnOut, Kernel, "learn_out_other_tos", "the stack changed the TOS byte: not repeatable";
+    LearnOutOtherTtl: LearnOut, Kernel, "learn_out_other_ttl", "the stack took other than one hop from the TTL: not repeatable";
+    LearnOutAmbiguous: LearnOut, Kernel, "learn_out_ambiguous", "two packets alike but for their far ends: no translation is believed";
+    LearnOutOldGeneration: LearnOut, Kernel, "learn_out_old_generation", "something changed while it was in the stack: does not count";
+    LearnOutExcluded: LearnOut, Kernel, "learn_out_excluded", "an address or port that is never bypassed";
+    LearnOutNotPeer: LearnOut, Kernel, "learn_out_not_peer", "the tunnel end is not the peer that owns the far pod";
+    LearnOutNotPod: LearnOut, Kernel, "learn_out_not_pod", "the local end is not a pod that may be bypassed";
+    LearnOutNoRoom: LearnOut, Kernel, "learn_out_no_room", "the flow table took no more";
+    LearnInConfirmed: LearnIn, Kernel, "learn_in_confirmed", "the stack let it arrive as the verdict says: the verdict holds on";
+    LearnInCounted: LearnIn, Kernel, "learn_in_counted", "the stack let it arrive; not often enough in a row for a verdict";
+    LearnInLearned: LearnIn, Kernel, "learn_in_learned", "the stack let it arrive the same way often enough: a verdict is made";
+    LearnInChanged: LearnIn, Kernel, "learn_in_changed", "the stack let it arrive otherwise than the verdict says: the verdict is withdrawn";
+    LearnInUnmatched: LearnIn, Kernel, "learn_in_unmatched", "no note of this packet: not from here, another CPU, or changed beyond what can be repeated";
+    LearnInOtherTos: LearnIn, Kernel, "learn_in_other_tos", "the stack changed the TOS byte: not repeatable";
+    LearnInOtherTtl: LearnIn, Kernel, "learn_in_other_ttl", "the stack took other than one hop from the TTL: not repeatable";
+    LearnInAmbiguous: LearnIn, Kernel, "learn_in_ambiguous", "two packets alike but for their far ends: no translation is believed";
+    LearnInOldGeneration: LearnIn, Kernel, "learn_in_old_generation", "something changed while it was in the stack: does not count";
+    LearnInExcluded: LearnIn, Kernel, "learn_in_excluded", "an address or port that is never bypassed";
+    LearnInNotPeer: LearnIn, Kernel, "learn_in_not_peer", "no peer owns its source";
+    LearnInNotPod: LearnIn, Kernel, "learn_in_not_pod", "the local end is not a pod that may be bypassed";
+    LearnInNoRoom: LearnIn, Kernel, "learn_in_no_room", "the flow table took no more";
 }
 
 impl Reason {

@@ -1,8 +1,11 @@
-//! The composition root: the only file that knows every part.
+//! The composition root: the only module that knows every part.
 //!
 //! Order of a start (contract section 1, with the better readiness it names):
 //! source, network config, uplink, tunnel device, lease, device address, firewall,
 //! subnet file, first snapshot in the kernel, then ready.
+
+mod firewall;
+mod republish;
 
 use std::{
     collections::BTreeMap,
@@ -19,6 +22,7 @@ use tokio::{
 };
 use tracing::{error, info, warn};
 
+use self::republish::Announced;
 use crate::{
     backend::{alloc, vxlan},
     control::{self, Answer, Call},
@@ -27,22 +31,21 @@ use crate::{
         kernel_events::{self, KernelEvent},
         netlink::{Device, DeviceSpec, NetlinkDatapath, Rtnl},
         switch::{Preference, Switch},
+        tunnel_mtu::TunnelMtu,
     },
-    firewall::{
-        self, Firewall, Policy, System,
-        watch::{Resync, Watch},
-    },
-    lease::{Lease, SubnetKey, table::LeaseTable},
+    health::{self, Health},
+    lease::{Lease, LeaseAttributes, SubnetKey, table::LeaseTable},
     network::{BackendConfig, FastPath, NetworkConfig},
-    reconcile::{self, Inputs, NodeSetup, Peers, Reconciler},
+    reconcile::{self, Inputs, NodeSetup, Peers, Reconciler, Told},
     renewal,
     source::{LeaseSource, SourceError},
     subnet_file::{Previous, SubnetFile},
-    uplink::{self, Uplink, UplinkChoice},
+    uplink::{
+        self, Uplink, UplinkChoice,
+        follow::{self, Followed},
+    },
 };
 
-/// Bytes that VXLAN over IPv4 adds to a packet.
-const VXLAN_OVERHEAD: u32 = 50;
 /// How long after a failed read of the network config the next one follows.
 const CONFIG_RETRY: Duration = Duration::from_secs(1);
 /// How long after a failed attempt a lease is asked for again.
@@ -76,6 +79,8 @@ pub struct Options {
     pub drop_forged: bool,
     /// Where `flannelctl` finds this agent.
     pub control_socket: PathBuf,
+    /// `--healthz-ip` and `--healthz-port`, if there is to be an answer.
+    pub healthz: Option<(String, u16)>,
     /// Where and how programs live; the VNI is filled in from the network config.
     pub ebpf: EbpfOptions,
 }
@@ -98,6 +103,10 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
 async fn serve(options: Options) -> anyhow::Result<()> {
     let (sender, mut calls) = mpsc::channel(16);
     control::serve(&options.control_socket, sender)?;
+    let health = Arc::new(Health::default());
+    if let Some((ip, port)) = &options.healthz {
+        health::serve(ip, *port, Arc::clone(&health)).await?;
+    }
     let phase = Phase::default();
     let started = {
         let starting = start(&options, &phase);
@@ -112,8 +121,8 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         }
     };
     match started {
-        Started::Forwarding(node) => forward(&options, *node, calls).await,
-        Started::LeaseOnly(lease) => lease_only(&options, lease, calls).await,
+        Started::Forwarding(node) => forward(&options, *node, calls, health).await,
+        Started::LeaseOnly(node) => lease_only(&options, *node, calls, health).await,
     }
 }
 
@@ -136,12 +145,20 @@ enum Started {
     /// A node with a tunnel device.
     Forwarding(Box<Node>),
     /// Backend `alloc`.
-    LeaseOnly(Lease),
+    LeaseOnly(Box<LeaseOnly>),
+}
+
+/// A node that holds a lease and forwards nothing.
+struct LeaseOnly {
+    uplink: Uplink,
+    lease: Lease,
+    announced: Announced,
 }
 
 /// A node that has its device and its lease, but no peers yet.
 struct Node {
     setup: NodeSetup,
+    announced: Announced,
     rtnl: Rtnl,
     netlink: NetlinkDatapath,
     device: Device,
@@ -153,7 +170,7 @@ async fn start(options: &Options, phase: &Phase) -> anyhow::Result<Started> {
     let source = options.source.as_ref();
     phase.enter("waiting for the network config");
     let network = network_config(source).await?;
-    check_firewall(options, &network)?;
+    firewall::check(options, &network)?;
     phase.enter("choosing the uplink");
     let chosen = choose_uplink(&options.uplink).await?;
     let previous = previous(&options.subnet_file);
@@ -163,17 +180,24 @@ async fn start(options: &Options, phase: &Phase) -> anyhow::Result<Started> {
         let lease = acquire(source, &network, &attributes, previous.subnet).await?;
         info!(subnet = %lease.key.v4, "lease acquired; backend alloc forwards nothing");
         phase.enter("installing firewall rules");
-        set_up_firewall(options, &network, lease.key.v4, &previous).await?;
-        write_subnet_file(options, &network, lease.key.v4, chosen.mtu);
-        return Ok(Started::LeaseOnly(lease));
+        firewall::set_up(options, &network, lease.key.v4, &previous).await?;
+        let announced = announce(options, &network, lease.key.v4, chosen.mtu);
+        return Ok(Started::LeaseOnly(Box::new(LeaseOnly {
+            uplink: chosen,
+            lease,
+            announced,
+        })));
     };
 
+    let mtu = TunnelMtu {
+        configured: backend.mtu,
+    };
     let mut spec = DeviceSpec {
         vni: backend.vni,
         port: backend.port,
         uplink_index: chosen.index,
         local: chosen.public_ip,
-        mtu: device_mtu(backend.mtu, chosen.mtu)?,
+        mtu: mtu.at_start(chosen.mtu)?,
         gbp: backend.gbp,
         learning: backend.learning,
         mac: None,
@@ -197,8 +221,8 @@ async fn start(options: &Options, phase: &Phase) -> anyhow::Result<Started> {
     spec.address = Some(subnet.network());
     let device = netlink.ensure_device(&spec).await?;
     phase.enter("installing firewall rules");
-    set_up_firewall(options, &network, subnet, &previous).await?;
-    write_subnet_file(options, &network, subnet, device.mtu);
+    firewall::set_up(options, &network, subnet, &previous).await?;
+    let announced = announce(options, &network, subnet, device.mtu);
 
     let setup = NodeSetup {
         uplink: chosen,
@@ -206,15 +230,17 @@ async fn start(options: &Options, phase: &Phase) -> anyhow::Result<Started> {
         network: network.network,
         vni: backend.vni,
         port: backend.port,
+        mtu,
         fast_path: options
             .fast_path
             .or(backend.fast_path)
-            .unwrap_or(FastPath::Off),
+            .unwrap_or(FastPath::Learned),
         drop_forged: options.drop_forged,
         source: source.describe(),
     };
     Ok(Started::Forwarding(Box::new(Node {
         setup,
+        announced,
         rtnl,
         netlink,
         device,
@@ -224,9 +250,15 @@ async fn start(options: &Options, phase: &Phase) -> anyhow::Result<Started> {
 }
 
 /// Runs the loops of a node until one of them fails.
-async fn forward(options: &Options, node: Node, calls: mpsc::Receiver<Call>) -> anyhow::Result<()> {
+async fn forward(
+    options: &Options,
+    node: Node,
+    calls: mpsc::Receiver<Call>,
+    health: Arc<Health>,
+) -> anyhow::Result<()> {
     let Node {
         setup,
+        announced,
         rtnl,
         netlink,
         device,
@@ -236,6 +268,7 @@ async fn forward(options: &Options, node: Node, calls: mpsc::Receiver<Call>) -> 
     let source = Arc::clone(&options.source);
     let ebpf = EbpfOptions {
         vni: setup.vni,
+        conntrack_memory: options.control_socket.with_extension("conntrack"),
         ..options.ebpf.clone()
     };
     let switch = Switch::new(
@@ -250,13 +283,37 @@ async fn forward(options: &Options, node: Node, calls: mpsc::Receiver<Call>) -> 
     let (peers_sender, peers) = watch::channel(Peers::default());
     let (lease_sender, own_lease) = watch::channel(lease);
     let (ready, became_ready) = oneshot::channel();
+    let told = Told {
+        public_ip: setup.uplink.public_ip,
+        vtep_mac: Some(device.mac),
+        mtu: device.mtu,
+    };
+    let (told_sender, told) = watch::channel(told);
+    let uplink = follow_uplink(options, &setup.uplink);
+    let attributes = republish(
+        told,
+        own_lease.borrow().attributes.clone(),
+        Some(setup.vni),
+        announced,
+        &health,
+    );
     let inputs = Inputs {
         peers,
+        uplink,
         events,
         calls,
         ready,
+        health: Arc::clone(&health),
     };
-    let reconciler = Reconciler::new(setup, rtnl, netlink, device, switch, own_lease.clone());
+    let reconciler = Reconciler::new(
+        setup,
+        rtnl,
+        netlink,
+        device,
+        switch,
+        own_lease.clone(),
+        told_sender,
+    );
     let mut reconciler = tokio::spawn(reconciler.run(inputs));
 
     let (revoked_sender, revoked) = mpsc::channel(1);
@@ -264,6 +321,7 @@ async fn forward(options: &Options, node: Node, calls: mpsc::Receiver<Call>) -> 
         Arc::clone(&source),
         lease_sender,
         revoked,
+        attributes,
         options.renew_margin,
     ));
     let own_key = own_lease.borrow().key;
@@ -271,6 +329,7 @@ async fn forward(options: &Options, node: Node, calls: mpsc::Receiver<Call>) -> 
     tokio::spawn(async move {
         if became_ready.await.is_ok() {
             info!("ready: every known peer is in the kernel");
+            health.peers_are_programmed();
             tell_systemd();
         }
     });
@@ -288,19 +347,68 @@ fn tell_systemd() {
     }
 }
 
+/// Starts following the uplink.
+fn follow_uplink(options: &Options, uplink: &Uplink) -> watch::Receiver<Followed> {
+    let (sender, receiver) = watch::channel(Followed::from(uplink.clone()));
+    let choice = options.uplink.clone();
+    tokio::spawn(async move {
+        if let Err(error) = follow::keep(choice, sender).await {
+            error!(%error, "changes of the uplink are not followed: restart the agent after one");
+        }
+    });
+    receiver
+}
+
+/// Starts telling peers and pods what changes; gives what the lease has to say.
+fn republish(
+    told: watch::Receiver<Told>,
+    published: LeaseAttributes,
+    vni: Option<u32>,
+    announced: Announced,
+    health: &Arc<Health>,
+) -> watch::Receiver<LeaseAttributes> {
+    let (sender, attributes) = watch::channel(published);
+    tokio::spawn(republish::keep(
+        told,
+        sender,
+        vni,
+        announced,
+        Arc::clone(health),
+    ));
+    attributes
+}
+
 /// Backend `alloc`: a lease and a subnet file, no forwarding.
 async fn lease_only(
     options: &Options,
-    lease: Lease,
+    node: LeaseOnly,
     mut calls: mpsc::Receiver<Call>,
+    health: Arc<Health>,
 ) -> anyhow::Result<()> {
+    health.peers_are_programmed();
     tell_systemd();
-    let (sender, _own) = watch::channel(lease);
+    let told = Told {
+        public_ip: node.uplink.public_ip,
+        vtep_mac: None,
+        mtu: node.uplink.mtu,
+    };
+    let (told_sender, told) = watch::channel(told);
+    let uplink = follow_uplink(options, &node.uplink);
+    tokio::spawn(republish::tell_of_uplink(uplink, told_sender));
+    let attributes = republish(
+        told,
+        node.lease.attributes.clone(),
+        None,
+        node.announced,
+        &health,
+    );
+    let (sender, _own) = watch::channel(node.lease);
     let (_revoked, revocations) = mpsc::channel(1);
     let renewal = renewal::keep(
         Arc::clone(&options.source),
         sender,
         revocations,
+        attributes,
         options.renew_margin,
     );
     let refusal = async {
@@ -318,21 +426,6 @@ async fn choose_uplink(choice: &UplinkChoice) -> anyhow::Result<Uplink> {
     let (connection, handle, _) = rtnetlink::new_connection().context("open a netlink socket")?;
     tokio::spawn(connection);
     Ok(uplink::choose(&handle, choice).await?)
-}
-
-/// MTU of the tunnel device in bytes.
-fn device_mtu(configured: Option<u32>, link: u32) -> anyhow::Result<u32> {
-    let outer = configured.unwrap_or(link);
-    if outer > link {
-        bail!(
-            "Backend.MTU {outer} is larger than the uplink's MTU {link}: lower it to {link} or less, or raise the uplink's"
-        );
-    }
-    match outer.checked_sub(VXLAN_OVERHEAD) {
-        // The smallest MTU of IPv4 (RFC 791).
-        Some(mtu) if mtu >= 68 => Ok(mtu),
-        _ => bail!("MTU {outer} leaves no room for VXLAN's {VXLAN_OVERHEAD} bytes and a packet"),
-    }
 }
 
 /// Reads the config until it can be had: it may not have been written yet.
@@ -361,7 +454,7 @@ async fn network_config(source: &dyn LeaseSource) -> anyhow::Result<NetworkConfi
 async fn acquire(
     source: &dyn LeaseSource,
     network: &NetworkConfig,
-    attributes: &crate::lease::LeaseAttributes,
+    attributes: &LeaseAttributes,
     previous: Option<Ipv4Net>,
 ) -> anyhow::Result<Lease> {
     loop {
@@ -387,77 +480,14 @@ fn previous(path: &Path) -> Previous {
     })
 }
 
-fn packet_filter(network: &NetworkConfig) -> System {
-    if network.enable_nftables {
-        System::Nftables
-    } else {
-        System::Iptables
-    }
-}
-
-fn policy(options: &Options, network: &NetworkConfig, subnet: Ipv4Net) -> Policy {
-    Policy {
-        network: network.network,
-        subnet,
-        masquerade: options.ip_masq,
-        random_fully: options.random_fully,
-        forward: options.forward_rules,
-    }
-}
-
-/// What can be known before anything on this host is changed.
-fn check_firewall(options: &Options, network: &NetworkConfig) -> anyhow::Result<()> {
-    // No lease yet: whether there are rules at all does not depend on the subnet.
-    let policy = policy(options, network, network.network);
-    Ok(firewall::check_bridge_netfilter(
-        packet_filter(network),
-        &policy,
-    )?)
-}
-
-/// Installs the rules, removes what another run left in the other packet filter, and keeps it so
-/// from here on.
-async fn set_up_firewall(
-    options: &Options,
-    network: &NetworkConfig,
-    subnet: Ipv4Net,
-    previous: &Previous,
-) -> anyhow::Result<()> {
-    let policy = policy(options, network, subnet);
-    let mut firewall = Firewall::open(packet_filter(network), policy, previous.network).await?;
-    let watch = Watch::new(
-        &firewall,
-        Resync {
-            period: options.firewall_period,
-            blackhole: options.blackhole_route.then_some(subnet),
-        },
-    );
-    let changed = firewall.apply().await.context("install firewall rules")?;
-    info!(?changed, "firewall rules are in order");
-    if let Err(error) = firewall.clean_other().await {
-        warn!(
-            error = &error as &dyn std::error::Error,
-            "rules of the packet filter not in use may be left"
-        );
-    }
-    tokio::spawn(watch.keep(firewall));
-    Ok(())
-}
-
-/// A file that cannot be written costs new pods, not the ones that run.
-fn write_subnet_file(options: &Options, network: &NetworkConfig, subnet: Ipv4Net, mtu: u32) {
+fn announce(options: &Options, network: &NetworkConfig, subnet: Ipv4Net, mtu: u32) -> Announced {
     let file = SubnetFile {
         network: network.network,
         subnet,
         mtu,
         ip_masq: options.ip_masq,
     };
-    if let Err(cause) = file.write(&options.subnet_file) {
-        error!(
-            error = &cause as &dyn std::error::Error,
-            "new pods cannot be set up"
-        );
-    }
+    Announced::begin(options.subnet_file.clone(), file)
 }
 
 /// Carries lease events into the wanted state, and tells the renewal when the own lease went.
@@ -511,28 +541,5 @@ async fn follow(
         warn!("the watch on leases ended; starting it again");
         peers.send_modify(|peers| peers.in_sync = false);
         tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_tunnel_takes_fifty_bytes_of_the_link() {
-        assert_eq!(device_mtu(None, 1500).expect("fits"), 1450);
-        assert_eq!(device_mtu(Some(1400), 1500).expect("fits"), 1350);
-    }
-
-    #[test]
-    fn an_mtu_that_cannot_be_is_refused_by_name() {
-        let too_large = device_mtu(Some(9000), 1500)
-            .expect_err("larger than the link")
-            .to_string();
-        assert!(
-            too_large.contains("9000") && too_large.contains("1500"),
-            "{too_large}"
-        );
-        assert!(device_mtu(Some(60), 1500).is_err());
     }
 }

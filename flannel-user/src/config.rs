@@ -122,9 +122,17 @@ pub struct Flags {
     )]
     pub datapath: Preference,
 
-    /// Which packets the programs may take; else the network config's FastPath, else off
+    /// Which packets the programs may take; else the network config's FastPath, else learned
     #[arg(long, value_enum, ignore_case = true, help_heading = "Datapath")]
     pub fast_path: Option<FastPath>,
+
+    /// Seconds that a learned verdict holds unless confirmed, while flows are few (1 to 30)
+    #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = validity, help_heading = "Datapath")]
+    pub fast_path_revalidate: Duration,
+
+    /// Flows of each direction that are remembered at most (1024 to 1048576)
+    #[arg(long, value_name = "NUMBER", default_value = "65536", value_parser = flows, help_heading = "Datapath")]
+    pub fast_path_flows: u32,
 
     /// How programs are attached; auto takes tcx where this kernel has it (6.6)
     #[arg(
@@ -183,6 +191,19 @@ pub struct Flags {
         help_heading = "Operation"
     )]
     pub control_socket: PathBuf,
+
+    /// Where /healthz and /readyz are answered, if --healthz-port is given
+    #[arg(
+        long,
+        value_name = "IP",
+        default_value = "0.0.0.0",
+        help_heading = "Operation"
+    )]
+    healthz_ip: String,
+
+    /// TCP port of /healthz and /readyz; 0 for none
+    #[arg(long, value_name = "PORT", default_value = "0", value_parser = port, help_heading = "Operation")]
+    healthz_port: u16,
 
     /// Verbosity: 0 facts, 2 details, 5 everything (10 is the same)
     #[arg(long = "v", value_name = "LEVEL", default_value = "0", value_parser = go_flags::integer, help_heading = "Operation")]
@@ -361,6 +382,17 @@ impl Flags {
         }
     }
 
+    /// Address or name, and port, of the health checks, if they are wanted.
+    #[must_use]
+    pub fn healthz(&self) -> Option<(&str, u16)> {
+        // To Go, no address means every one.
+        let ip = match self.healthz_ip.as_str() {
+            "" => "0.0.0.0",
+            ip => ip,
+        };
+        (self.healthz_port != 0).then_some((ip, self.healthz_port))
+    }
+
     /// How long before its end the lease is renewed: as asked for, but never more than
     /// half of its life, or a short `--lease-ttl` would mean renewing all the time.
     #[must_use]
@@ -432,6 +464,29 @@ fn text_of(error: &clap::Error) -> String {
         .next()
         .unwrap_or(text);
     text.trim_end().to_owned()
+}
+
+/// A validity in seconds, fractions allowed.
+fn validity(text: &str) -> Result<Duration, String> {
+    text.parse::<f64>()
+        .ok()
+        .filter(|seconds| (1.0..=30.0).contains(seconds))
+        .map(Duration::from_secs_f64)
+        .ok_or_else(|| "expected seconds from 1 to 30".to_owned())
+}
+
+/// Size of a flow table.
+fn flows(text: &str) -> Result<u32, String> {
+    go_flags::integer(text)
+        .ok()
+        .and_then(|flows| u32::try_from(flows).ok())
+        .filter(|flows| (1_024..=1_048_576).contains(flows))
+        .ok_or_else(|| "expected a number from 1024 to 1048576".to_owned())
+}
+
+fn port(text: &str) -> Result<u16, String> {
+    let number = go_flags::integer(text)?;
+    u16::try_from(number).map_err(|_| "a port is 65535 at most".to_owned())
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {

@@ -76,6 +76,9 @@ pub struct VxlanConfig {
 pub enum FastPath {
     /// None: programs are loaded and count, the kernel forwards.
     Off,
+    /// Packets of flows whose first packets showed what the stack does with them, for as long as
+    /// that holds. Right in every cluster.
+    Learned,
     /// Every packet whose destination lies in a peer's subnet, from the first on.
     /// Right only where netfilter has nothing to say about pod traffic.
     Direct,
@@ -315,15 +318,16 @@ fn vxlan(object: &JsonObject) -> Result<VxlanConfig, NetworkConfigError> {
         .filter(|mtu| *mtu == 0 || (MIN_MTU..=65_535).contains(mtu))
         .ok_or_else(|| out_of_range("MTU", &mtu, "0 (the uplink's) or 118 to 65535 bytes"))?;
     let fast_path = object
-        .get::<String>("FastPath", "\"off\" or \"direct\"")
+        .get::<String>("FastPath", "\"learned\", \"direct\" or \"off\"")
         .map_err(NetworkConfigError::WrongBackendType)?
         .map(|text| match text.to_ascii_lowercase().as_str() {
             "off" => Ok(FastPath::Off),
             "direct" => Ok(FastPath::Direct),
+            "learned" => Ok(FastPath::Learned),
             _ => Err(out_of_range(
                 "FastPath",
                 &format!("{text:?}"),
-                "\"off\" or \"direct\"",
+                "\"learned\", \"direct\" or \"off\"",
             )),
         })
         .transpose()?;

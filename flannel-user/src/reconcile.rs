@@ -4,6 +4,8 @@
 //! between may be skipped, the last one is always applied. Kernel events, the
 //! control socket and a slow timer only wake the loop.
 
+mod uplink;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::Ipv4Addr,
@@ -29,15 +31,19 @@ use crate::{
         node_config::{self, KernelSettings, NodeFacts},
         pods::{self, Ambiguous, Pod},
         switch::{Preference, Switch},
+        tunnel_mtu::TunnelMtu,
     },
     forwarding::{ForwardingTable, Via},
+    health::Health,
     lease::Lease,
     network::FastPath,
     observe::status::{
         CounterStatus, KernelStatus, NodeStatus, PeerStatus, PodStatus, SourceStatus, Status,
     },
-    uplink::Uplink,
+    uplink::{Uplink, follow::Followed},
 };
+
+pub use self::uplink::Told;
 
 /// Everything is looked at again this often even when nothing happens.
 const SLOW_CHECK: Duration = Duration::from_secs(10);
@@ -53,7 +59,7 @@ pub struct Peers {
     pub in_sync: bool,
 }
 
-/// What does not change while the agent lives.
+/// What the agent was set up with; only the uplink changes while it lives.
 #[derive(Debug, Clone)]
 pub struct NodeSetup {
     /// The chosen uplink and the published address.
@@ -66,6 +72,8 @@ pub struct NodeSetup {
     pub vni: u32,
     /// UDP port; `None` for the kernel's default.
     pub port: Option<u16>,
+    /// MTU of the tunnel.
+    pub mtu: TunnelMtu,
     /// Which packets the programs may take.
     pub fast_path: FastPath,
     /// `--forged-vxlan drop`.
@@ -160,18 +168,29 @@ pub struct Reconciler {
     routes_settled: bool,
     kernel: KernelStatus,
     own_lease: watch::Receiver<Lease>,
+    /// Why the uplink cannot be used.
+    uplink_fault: Option<String>,
+    /// Why the device does not fit the uplink yet.
+    fit_failure: Option<String>,
+    told: watch::Sender<Told>,
     /// The first snapshot of leases has been seen: before it nothing may be removed.
     seeded: bool,
+    /// Mixed into the programs' hashes.
+    seed: u32,
 }
 
 /// What wakes the loop.
 pub struct Inputs {
     /// The wanted state; the loop does nothing before the first `in_sync`.
     pub peers: watch::Receiver<Peers>,
+    /// The uplink as it changes.
+    pub uplink: watch::Receiver<Followed>,
     /// Kernel events.
     pub events: mpsc::Receiver<KernelEvent>,
     /// The control socket.
     pub calls: mpsc::Receiver<Call>,
+    /// Told at each turn of the loop.
+    pub health: Arc<Health>,
     /// Told once when the first snapshot is in the kernel.
     pub ready: oneshot::Sender<()>,
 }
@@ -186,6 +205,7 @@ impl Reconciler {
         device: Device,
         switch: Switch,
         own_lease: watch::Receiver<Lease>,
+        told: watch::Sender<Told>,
     ) -> Self {
         Self {
             setup,
@@ -200,7 +220,11 @@ impl Reconciler {
             routes_settled: false,
             kernel: KernelStatus::default(),
             own_lease,
+            uplink_fault: None,
+            fit_failure: None,
+            told,
             seeded: false,
+            seed: rand::random(),
         }
     }
 
@@ -209,14 +233,17 @@ impl Reconciler {
     pub async fn run(mut self, inputs: Inputs) {
         let Inputs {
             mut peers,
+            mut uplink,
             mut events,
             mut calls,
             ready,
+            health,
         } = inputs;
         let mut ready = Some(ready);
         let mut tick = tokio::time::interval_at(Instant::now() + SLOW_CHECK, SLOW_CHECK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            health.beat();
             let mut dirty = Dirty::default();
             tokio::select! {
                 biased;
@@ -232,6 +259,9 @@ impl Reconciler {
                     }
                     self.peers = peers.borrow_and_update().clone();
                     dirty = Dirty { pods: ready.is_some(), ..Dirty::ALL };
+                }
+                Ok(()) = uplink.changed() => {
+                    dirty = self.take_up(uplink.borrow_and_update().clone());
                 }
                 event = events.recv() => match event {
                     Some(event) => {
@@ -276,9 +306,11 @@ impl Reconciler {
     /// Brings the kernel in line with what is wanted, kernel path first.
     async fn pass(&mut self, dirty: Dirty) {
         if dirty.kernel {
+            self.fit_device().await;
             let table = Arc::clone(&self.peers.table);
             let pass = self.netlink.reconcile(&table).await;
             self.note(&pass);
+            self.tell();
         }
         if dirty.pods {
             self.find_pods().await;
@@ -376,6 +408,8 @@ impl Reconciler {
     fn wanted(&self) -> Wanted {
         let facts = NodeFacts {
             uplink: self.setup.uplink.index,
+            tunnel: self.device.index,
+            seed: self.seed,
             vni: self.setup.vni,
             port: self.setup.port,
             pod_mtu: self.device.mtu,
@@ -408,6 +442,7 @@ impl Reconciler {
         Wanted {
             node: node_config::compose(&facts, &KernelSettings::read()),
             uplink: self.setup.uplink.name.clone(),
+            tunnel: self.device.name.clone(),
             remotes: remotes.collect(),
             pods: self.pods.clone(),
         }
@@ -487,6 +522,7 @@ impl Reconciler {
                 network: self.setup.network,
                 public_ip: self.setup.uplink.public_ip,
                 uplink: self.setup.uplink.name.clone(),
+                uplink_fault: self.uplink_fault.clone(),
                 device: self.device.name.clone(),
                 vtep_mac: self.device.mac.to_string(),
                 mtu: self.device.mtu,

@@ -1,4 +1,5 @@
-//! Keeping the own lease: renewed in time, taken again when somebody removed it.
+//! Keeping the own lease: renewed in time, taken again when somebody removed it, and written
+//! again when this node has something else to say.
 
 use std::{
     sync::Arc,
@@ -8,39 +9,51 @@ use std::{
 use tokio::sync::{mpsc, watch};
 use tracing::{debug, error, info};
 
-use crate::{lease::Lease, source::LeaseSource};
+use crate::{
+    lease::{Lease, LeaseAttributes},
+    source::LeaseSource,
+};
 
 /// Pause after a failed renewal (contract section 6.4).
 const RETRY: Duration = Duration::from_secs(60);
-/// Pause after a failed attempt to take a removed lease again: peers have
-/// withdrawn their routes, so every second counts.
+/// Pause after a failed attempt to take a removed lease again, or to publish where this node is
+/// now: peers cannot reach it, so every second counts.
 const RETAKE_RETRY: Duration = Duration::from_secs(1);
 /// A reservation never ends; it is looked at once a day all the same.
 const RESERVATION_CHECK: Duration = Duration::from_secs(24 * 3600);
 
-/// Renews the lease in `own` for ever, `margin` before each end, and at once
-/// whenever `revoked` says that it is gone from the registry.
+/// Renews the lease in `own` for ever, `margin` before each end, and at once whenever `revoked`
+/// says that it is gone from the registry or `attributes` has something new to publish.
 pub async fn keep(
     source: Arc<dyn LeaseSource>,
     own: watch::Sender<Lease>,
     mut revoked: mpsc::Receiver<()>,
+    mut attributes: watch::Receiver<LeaseAttributes>,
     margin: Duration,
 ) {
     let mut pause = until_renewal(&own.borrow(), margin, SystemTime::now());
     loop {
+        // A sender that is gone has nothing more to say: renewing by the clock goes on.
         let taken_away = tokio::select! {
             () = tokio::time::sleep(pause) => false,
-            said = revoked.recv() => match said {
-                Some(()) => { error!(subnet = %own.borrow().key.v4, "the own lease was removed from the registry: taking it again"); true }
-                // Nobody watches: renewing by the clock goes on.
-                None => { tokio::time::sleep(pause).await; false }
-            },
+            Ok(()) = attributes.changed() => false,
+            Some(()) = revoked.recv() => {
+                error!(subnet = %own.borrow().key.v4, "the own lease was removed from the registry: taking it again");
+                true
+            }
         };
-        let lease = own.borrow().clone();
+        let held = own.borrow().clone();
+        let lease = Lease {
+            attributes: attributes.borrow_and_update().clone(),
+            ..held.clone()
+        };
+        let is_news = lease.attributes != held.attributes;
         match source.renew(&lease).await {
             Ok(renewed) => {
                 if taken_away {
                     info!(subnet = %renewed.key.v4, "lease taken again");
+                } else if is_news {
+                    info!(subnet = %renewed.key.v4, public_ip = %renewed.attributes.public_ip, "lease published anew");
                 } else {
                     debug!(subnet = %renewed.key.v4, "lease renewed");
                 }
@@ -49,7 +62,7 @@ pub async fn keep(
             }
             Err(cause) => {
                 error!(subnet = %lease.key.v4, error = %cause, "cannot renew the lease; trying again");
-                pause = if taken_away || has_ended(&lease) {
+                pause = if taken_away || is_news || has_ended(&held) {
                     RETAKE_RETRY
                 } else {
                     RETRY
@@ -76,7 +89,6 @@ fn until_renewal(lease: &Lease, margin: Duration, now: SystemTime) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lease::LeaseAttributes;
 
     fn lease(left: Option<Duration>, now: SystemTime) -> Lease {
         Lease {

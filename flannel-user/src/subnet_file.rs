@@ -137,6 +137,15 @@ fn assignment(line: &str) -> Option<(&str, &str)> {
     Some((key.trim(), value.trim()))
 }
 
+/// The value of `key` in dotenv text; the last of several assignments counts.
+pub(crate) fn value<'a>(text: &'a str, key: &str) -> Option<&'a str> {
+    let found = text.lines().filter_map(assignment);
+    found
+        .filter(|(name, _)| *name == key)
+        .map(|(_, value)| value)
+        .next_back()
+}
+
 /// The one valid network in a comma list.
 fn only_network(list: &str) -> Option<Ipv4Net> {
     let mut valid = list

@@ -1,19 +1,16 @@
 //! Choice of the uplink and the public address (contract section 16, IPv4 stack).
 //!
-//! The kernel is read once, then the choice is made over plain values.
+//! The kernel is read once, then the choice is made over plain values. [`follow`] makes it again
+//! when the interface or its address went.
+
+pub mod follow;
+mod read;
 
 use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr},
 };
 
-use futures_util::TryStreamExt;
-use netlink_packet_route::{
-    AddressFamily,
-    address::{AddressAttribute, AddressFlags, AddressMessage},
-    link::{LinkAttribute, LinkMessage},
-    route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage},
-};
 use regex::Regex;
 use tracing::{info, warn};
 
@@ -192,13 +189,8 @@ pub async fn choose(
     handle: &rtnetlink::Handle,
     choice: &UplinkChoice,
 ) -> Result<Uplink, UplinkError> {
-    let mut host = read_host(handle).await?;
-    if let Some(value) = &choice.iface_can_reach
-        && let Ok(target) = value.parse()
-    {
-        let answer = route_to(handle, target).await;
-        host.reach.insert(target, answer);
-    }
+    let mut host = read::links(handle).await?;
+    read::routes(handle, &mut host, choice).await?;
     let uplink = host.choose(choice)?;
     info!(interface = %uplink.name, address = %uplink.address, public_ip = %uplink.public_ip, mtu = uplink.mtu, "uplink chosen");
     Ok(uplink)
@@ -218,6 +210,7 @@ struct Host {
 #[derive(Debug, Clone, Default)]
 struct Link {
     name: String,
+    up: bool,
     mtu: u32,
     mac: MacAddr,
     /// In the kernel's order.
@@ -441,142 +434,6 @@ impl Link {
 /// An option set to the empty text is not set.
 fn given(option: Option<&String>) -> Option<&str> {
     option.map(String::as_str).filter(|text| !text.is_empty())
-}
-
-async fn read_host(handle: &rtnetlink::Handle) -> Result<Host, UplinkError> {
-    let failed = |what| {
-        move |source| UplinkError::Netlink {
-            what,
-            source: Box::new(source),
-        }
-    };
-    let links: Vec<_> = handle
-        .link()
-        .get()
-        .execute()
-        .try_collect()
-        .await
-        .map_err(failed("links"))?;
-    let addresses: Vec<_> = handle
-        .address()
-        .get()
-        .execute()
-        .try_collect()
-        .await
-        .map_err(failed("addresses"))?;
-    let mut all_routes = RouteMessage::default();
-    all_routes.header.address_family = AddressFamily::Inet;
-    let routes: Vec<_> = handle
-        .route()
-        .get(all_routes)
-        .execute()
-        .try_collect()
-        .await
-        .map_err(failed("routes"))?;
-
-    let mut host = Host {
-        links: links.iter().map(parse_link).collect(),
-        defaults: defaults_of(&routes),
-        ..Host::default()
-    };
-    for message in &addresses {
-        if let Some(address) = parse_address(message)
-            && let Some(link) = host.links.get_mut(&message.header.index)
-        {
-            link.addresses.push(address);
-        }
-    }
-    Ok(host)
-}
-
-fn parse_link(message: &LinkMessage) -> (u32, Link) {
-    let mut link = Link::default();
-    for attribute in &message.attributes {
-        match attribute {
-            LinkAttribute::IfName(name) => link.name.clone_from(name),
-            LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
-            LinkAttribute::Address(bytes) => {
-                link.mac = MacAddr(bytes.as_slice().try_into().unwrap_or_default());
-            }
-            _ => {}
-        }
-    }
-    (message.header.index, link)
-}
-
-fn parse_address(message: &AddressMessage) -> Option<Address> {
-    let mut local = None;
-    let mut peer = None;
-    let mut flags = AddressFlags::from_bits_retain(message.header.flags.bits().into());
-    for attribute in &message.attributes {
-        match attribute {
-            AddressAttribute::Local(IpAddr::V4(ip)) => local = Some(*ip),
-            AddressAttribute::Address(IpAddr::V4(ip)) => peer = Some(*ip),
-            AddressAttribute::Flags(all) => flags = *all,
-            _ => {}
-        }
-    }
-    Some(Address {
-        ip: local.or(peer)?,
-        permanent: flags.contains(AddressFlags::Permanent),
-        // The bit says "temporary" for IPv6 and "secondary" for IPv4; flannel reads it so as well.
-        temporary: flags.contains(AddressFlags::Secondary),
-        deprecated: flags.contains(AddressFlags::Deprecated),
-    })
-}
-
-/// The default routes of the main table, least metric first.
-fn defaults_of(routes: &[RouteMessage]) -> Vec<DefaultRoute> {
-    let mut defaults: Vec<(u32, DefaultRoute)> = routes
-        .iter()
-        .filter(|route| {
-            route.header.table == RouteHeader::RT_TABLE_MAIN
-                && route.header.destination_prefix_length == 0
-        })
-        .map(|route| {
-            let mut metric = 0;
-            let mut kind = DefaultRoute::WithoutInterface;
-            for attribute in &route.attributes {
-                match attribute {
-                    RouteAttribute::Priority(value) => metric = *value,
-                    RouteAttribute::Oif(index) => kind = DefaultRoute::Through(*index),
-                    RouteAttribute::MultiPath(_) => kind = DefaultRoute::Multipath,
-                    _ => {}
-                }
-            }
-            (metric, kind)
-        })
-        .collect();
-    defaults.sort_by_key(|(metric, _)| *metric);
-    defaults.into_iter().map(|(_, route)| route).collect()
-}
-
-/// Asks the kernel how it would send to `target`.
-async fn route_to(handle: &rtnetlink::Handle, target: Ipv4Addr) -> Result<Reached, String> {
-    let mut question = RouteMessage::default();
-    question.header.address_family = AddressFamily::Inet;
-    question.header.destination_prefix_length = 32;
-    question
-        .attributes
-        .push(RouteAttribute::Destination(RouteAddress::Inet(target)));
-    let answer = handle.route().get(question).execute().try_next().await;
-    let route = match answer {
-        Ok(Some(route)) => route,
-        Ok(None) => return Err("the kernel gave no answer".into()),
-        Err(rtnetlink::Error::NetlinkError(refused)) => return Err(refused.to_io().to_string()),
-        Err(error) => return Err(error.to_string()),
-    };
-    let mut index = None;
-    let mut source = None;
-    for attribute in &route.attributes {
-        match attribute {
-            RouteAttribute::Oif(out) => index = Some(*out),
-            RouteAttribute::PrefSource(RouteAddress::Inet(ip)) => source = Some(*ip),
-            _ => {}
-        }
-    }
-    let index = index.ok_or("the route has no interface")?;
-    Ok(Reached { index, source })
 }
 
 #[cfg(test)]

@@ -46,7 +46,8 @@ fn filled() -> Programs {
         nix::unistd::geteuid().is_root(),
         "loading programs needs root: run the tests as root"
     );
-    let mut programs = Programs::load(None).expect("this kernel loads the programs");
+    let mut programs = Programs::load(None, flannel_ebpf::layout::DEFAULT_FLOWS)
+        .expect("this kernel loads the programs");
     let mut node: Array<_, NodeConfig> = map!(programs, NODE);
     node.set(0, rows::node(), 0).expect("node written");
     let mut subnets: LpmTrie<_, [u8; 4], RemoteSubnet> = map!(programs, REMOTE_SUBNETS);
@@ -112,7 +113,7 @@ fn check(program: &'static str, table: Vec<Row>) {
         let after = tallies(&mut programs);
         let refused = match row.direction {
             Direction::Out => Reason::OutNoRoom,
-            Direction::In => Reason::InNoRoom,
+            _ => Reason::InNoRoom,
         };
         let reason = match &row.expect {
             // test_run cannot say "TCP" of a segmentation-offload packet, so the kernel

@@ -1,71 +1,260 @@
-//! Every kind of connection works with the rules of a Kubernetes node, as on the kernel path.
+//! Every kind of connection works with the rules of a Kubernetes node, as on the
+//! kernel path, and what lasts is bypassed.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::SocketAddrV4;
 
-use anyhow::{Result, ensure};
-use flannel_user::observe::status::Mode::Netlink;
+use anyhow::{Context, Result, ensure};
+use flannel_user::observe::status::Mode;
 use lab::{
-    cluster::Cluster,
-    exchange::{self, ECHO_PORT},
+    exchange::{self, ECHO_PORT, RECEIVE_PORT, STREAM_PORT},
+    kube::{self, CONNECTIONS_PORT, Kube, SERVICE, Side, Via, compare, learned, pause},
+    node::UPLINK,
     policy::{By, Policy},
     scenario::scenario,
-    services::Rules,
-    traffic::{pinger::PingReport, request_response::Protocol},
+    task::Task,
+    traffic::{
+        connections::Ending,
+        datagrams::{ReceiveReport, SendReport},
+        pinger::PingReport,
+        request_response::Protocol,
+    },
 };
 
-const SERVICE: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
+/// Of a long flow's packets so many take the fast path at least.
+const MOST: f64 = 0.9;
+const PLAIN_NIC: [&str; 6] = ["tso", "off", "gso", "off", "tx-udp_tnl-segmentation", "off"];
 
 #[test]
 fn the_rules_hold_what_they_promise() {
     scenario(2, |lab| {
-        let cluster = Cluster::start(lab, &[Netlink])?;
-        let (a, b) = cluster.nodes();
-        let network = a.subnet_file()?.network;
-        let echo = cluster.server.at(ECHO_PORT);
-        let rules = Rules::new(network).service(SERVICE, 80, Protocol::Udp, &[echo]);
-        rules.apply_to(&[a, b])?;
-        exchange::udp_round_trips(&cluster.client, &cluster.server, 100)?;
-        let at_service = SocketAddrV4::new(SERVICE, 80);
+        let kube = Kube::start(lab, Side::Netlink)?;
+        let (a, b) = kube.cluster.nodes();
         let through_service = || -> Result<PingReport> {
-            let server = cluster
-                .server
-                .tool(&format!("udp-echo --port {ECHO_PORT}"))?;
-            let report = cluster
-                .client
-                .tool(&format!(
-                    "udp-ping --to {at_service} --rate 1000 --count 50"
-                ))?
-                .result()?;
-            drop(server);
-            Ok(report)
+            Ok(kube
+                .ping(Via::Service, "--rate 1000 --count 50")?
+                .result()?
+                .0)
         };
         ensure!(through_service()?.lost == 0, "the Service loses datagrams");
         // A second commit changes the Services' chains and nothing else.
-        rules
+        kube.rules
             .clone()
-            .without_service(SERVICE, 80, Protocol::Udp)
+            .without_service(SERVICE, ECHO_PORT, Protocol::Udp)
             .apply_to(&[a, b])?;
         ensure!(
             through_service()?.received == 0,
             "a deleted Service still answers"
         );
-        rules.apply_to(&[a, b])?;
+        kube.rules.apply_to(&[a, b])?;
         ensure!(
             through_service()?.lost == 0,
             "the Service did not come back"
         );
         for by in By::ALL {
-            let policy =
-                Policy::prepare(a, by, cluster.client.address(), cluster.server.address())?;
+            let policy = Policy::prepare(a, by, kube.client().address(), kube.server().address())?;
             ensure!(through_service()?.lost == 0, "{by:?} denies too early");
             policy.deny()?;
             ensure!(through_service()?.received == 0, "{by:?} does not deny");
             policy.allow()?;
             ensure!(through_service()?.lost == 0, "{by:?} does not allow again");
         }
-        rules.remove(a)?;
-        rules.remove(b)?;
+        kube.rules.remove(a)?;
+        kube.rules.remove(b)?;
         ensure!(through_service()?.received == 0, "rules are left");
-        exchange::udp_round_trips(&cluster.client, &cluster.server, 100).map(drop)
+        exchange::udp_round_trips(kube.client(), kube.server(), 100).map(drop)
     });
+}
+
+#[test]
+fn every_connection_type_works() {
+    let troubles = compare(every_connection_type);
+    ensure_not_more(troubles.netlink, troubles.learned);
+}
+
+#[test]
+fn every_connection_type_works_over_a_plain_nic() {
+    let troubles = compare(|kube| {
+        let (a, b) = kube.cluster.nodes();
+        for node in [a, b] {
+            let argv: Vec<&str> = ["ethtool", "-K", UPLINK]
+                .into_iter()
+                .chain(PLAIN_NIC)
+                .collect();
+            node.namespace().run(&argv)?;
+        }
+        every_connection_type(kube)
+    });
+    ensure_not_more(troubles.netlink, troubles.learned);
+}
+
+fn ensure_not_more(netlink: u64, learned: u64) {
+    assert!(
+        learned <= netlink,
+        "{learned} connections failed or were reset, {netlink} on the kernel path"
+    );
+}
+
+/// All of them, data checked; gives how many connections did not go as meant.
+fn every_connection_type(kube: &Kube) -> Result<u64> {
+    let mut troubles = 0;
+    for via in Via::BOTH {
+        troubles += inside(kube, via).with_context(|| format!("{via:?}"))?;
+    }
+    troubles += outside(kube).context("to the outside")?;
+    Ok(troubles)
+}
+
+fn inside(kube: &Kube, via: Via) -> Result<u64> {
+    for direction in ["up", "down", "both"] {
+        let before = kube.taken()?;
+        let arguments = format!("--direction {direction} --seconds 1.5");
+        let stream = kube.stream(via, &arguments)?.result()?;
+        stream.check(10_000_000).context(direction)?;
+        kube.expect_bypassed(&before, MOST)
+            .with_context(|| format!("stream {direction}"))?;
+    }
+    let before = kube.taken()?;
+    let reports = kube.ping(via, "--rate 2000 --count 2000")?.result()?;
+    exchange::check_nothing_lost(&reports)?;
+    kube.expect_bypassed(&before, MOST).context("datagrams")?;
+    one_way(kube, via)?;
+    let mut troubles = 0;
+    for ending in Ending::ORDERLY {
+        let (client, server) = kube.connections(via, ending, "--count 50 --exchanges 12")?;
+        println!("{:?} {via:?} {ending:?}: {client:?}", kube.side());
+        ensure!(
+            client.corrupt == 0 && server.corrupt == 0,
+            "wrong data: {client:?} {server:?}"
+        );
+        troubles += client.troubles() + server.troubles();
+    }
+    Ok(troubles)
+}
+
+/// Nobody answers, and still it is bypassed.
+fn one_way(kube: &Kube, via: Via) -> Result<()> {
+    const COUNT: u64 = 3000;
+    let (a, b) = kube.cluster.nodes();
+    let before = kube.taken()?;
+    let receiver = kube
+        .server()
+        .tool(&format!("udp-receive --port {RECEIVE_PORT}"))?;
+    let target = kube.target(via, RECEIVE_PORT);
+    let sent: SendReport = kube
+        .client()
+        .tool(&format!("udp-send --to {target} --count {COUNT}"))?
+        .result()?;
+    pause(0.1);
+    let received: ReceiveReport = receiver.finish()?;
+    ensure!(
+        sent.sent == COUNT && received.received == COUNT && received.corrupt == 0,
+        "{sent:?} {received:?}"
+    );
+    let taken = kube.taken()?;
+    let out = taken[0].since(before[0]).encapsulated;
+    let came = taken[1].since(before[1]).decapsulated;
+    ensure!(
+        !kube.is_bypassing() || out.min(came) as f64 > MOST * COUNT as f64,
+        "of {COUNT} datagrams of one way {out} and {came} were bypassed\n{}\n{}",
+        lab::paths::describe(a),
+        lab::paths::describe(b)
+    );
+    Ok(())
+}
+
+/// To a server on the other node itself: masqueraded, and never bypassed.
+fn outside(kube: &Kube) -> Result<u64> {
+    let (a, b) = kube.cluster.nodes();
+    let at = |port| (b.namespace(), SocketAddrV4::new(b.public_ip(), port));
+    let client = kube.client().namespace();
+    let before = kube.taken()?;
+    exchange::RunningStream::start_at(client, at(STREAM_PORT), "--direction both --seconds 1")?
+        .result()?
+        .check(10_000_000)?;
+    let reports =
+        exchange::RunningPing::start_at(client, at(ECHO_PORT), "--rate 2000 --count 500")?
+            .result()?;
+    exchange::check_nothing_lost(&reports)?;
+    let receiver = Task::start(
+        b.namespace(),
+        &format!("udp-receive --port {RECEIVE_PORT} --count 10"),
+    )?;
+    let (_, target) = at(RECEIVE_PORT);
+    let sender = kube
+        .client()
+        .tool(&format!("udp-send --to {target} --count 10"))?;
+    let received: ReceiveReport = receiver.result()?;
+    sender.result::<SendReport>()?;
+    ensure!(
+        received.senders.iter().eq([&a.public_ip()]),
+        "the outside sees {:?} instead of the node",
+        received.senders
+    );
+    let mut troubles = 0;
+    for ending in Ending::ORDERLY {
+        let to = at(CONNECTIONS_PORT);
+        let (client, server) = kube::connections(client, to, ending, "--count 30")?;
+        ensure!(
+            client.corrupt == 0 && server.corrupt == 0,
+            "wrong data: {client:?} {server:?}"
+        );
+        troubles += client.troubles() + server.troubles();
+    }
+    let taken = kube.taken()?;
+    let tunnelled = taken[0].since(before[0]).encapsulated + taken[1].since(before[1]).encapsulated;
+    ensure!(
+        tunnelled == 0,
+        "{tunnelled} masqueraded packets were put into the tunnel"
+    );
+    Ok(troubles)
+}
+
+#[test]
+fn a_stream_older_than_the_programs_is_bypassed() {
+    learned(|kube| {
+        let (a, b) = kube.cluster.nodes();
+        for node in [a, b] {
+            node.mode(Mode::Netlink)?;
+        }
+        let ping = kube.ping(Via::Service, "--rate 1000")?;
+        let stream = kube.stream(Via::Pod, "--direction both --pace 0.5")?;
+        pause(0.5);
+        for node in [a, b] {
+            node.mode(Mode::Ebpf)?;
+        }
+        pause(0.5);
+        let before = kube.taken()?;
+        pause(1.5);
+        kube.expect_bypassed(&before, MOST)?;
+        stream.finish()?.check(1_000_000)?;
+        exchange::check_nothing_lost(&ping.finish()?)
+    });
+}
+
+#[test]
+fn bulk_is_not_sent_again_more_often() {
+    let sent_again = compare(|kube| {
+        // Two periods of validity, so that revalidation is part of it.
+        let stream = kube
+            .stream(Via::Service, "--direction up --seconds 5")?
+            .result()?;
+        stream.check(100_000_000)?;
+        let sent = stream.client.sent.context("the client sends")?;
+        let per_gigabyte = f64::from(sent.retransmissions) / (sent.bytes as f64 / 1e9);
+        println!(
+            "{:?}: {} segments sent again, {per_gigabyte:.1} per gigabyte, {:.2} Gbit/s",
+            kube.side(),
+            sent.retransmissions,
+            sent.gbit_per_second()
+        );
+        Ok(per_gigabyte)
+    });
+    // A few are chance: they make no ratio.
+    let limit = (1.2 * sent_again.netlink).max(sent_again.netlink + 20.0);
+    assert!(
+        sent_again.learned <= limit,
+        "{:.1} segments per gigabyte sent again, {:.1} on the kernel path",
+        sent_again.learned,
+        sent_again.netlink
+    );
 }

@@ -1,7 +1,10 @@
 //! Something else deletes or changes what flannel needs: it is back within a
 //! second, and in ebpf mode pods never notice.
 
-use std::time::{Duration, Instant};
+use std::{
+    net::Ipv4Addr,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 use flannel_user::observe::status::Mode::{self, Ebpf, Netlink};
@@ -30,7 +33,7 @@ struct Peer {
     subnet: String,
     base: String,
     mac: String,
-    own_address: String,
+    own_address: Ipv4Addr,
 }
 
 const DAMAGES: &[Damage] = &[
@@ -43,6 +46,24 @@ const DAMAGES: &[Damage] = &[
         what: "the tunnel device is set down",
         program: "ip",
         arguments: |_| format!("link set {TUNNEL} down"),
+    },
+    Damage {
+        what: "its MAC is changed",
+        program: "ip",
+        arguments: |_| format!("link set {TUNNEL} address 02:00:00:00:00:01"),
+    },
+    Damage {
+        what: "its MTU is changed",
+        program: "ip",
+        arguments: |_| format!("link set {TUNNEL} mtu 1000"),
+    },
+    Damage {
+        what: "its address becomes another one",
+        program: "ip",
+        arguments: |peer| {
+            let [a, b, c, _] = peer.own_address.octets();
+            format!("addr replace {a}.{b}.{c}.77/32 dev {TUNNEL}")
+        },
     },
     Damage {
         what: "its address is removed",
@@ -109,7 +130,7 @@ fn repaired(cluster: &Cluster, mode: Mode, damage: &Damage) -> Result<()> {
         subnet: b.subnet()?.to_string(),
         base: b.subnet()?.network().to_string(),
         mac: b.mac(TUNNEL)?.to_string(),
-        own_address: a.subnet()?.network().to_string(),
+        own_address: a.subnet()?.network(),
     };
     let ping = RunningPing::start(&cluster.client, &cluster.server, RATE)?;
     std::thread::sleep(Duration::from_millis(200));

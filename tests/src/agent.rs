@@ -31,7 +31,7 @@ const READY: Duration = Duration::from_secs(20);
 pub struct AgentOptions {
     /// `--datapath`: `auto`, `ebpf` or `netlink`.
     pub datapath: &'static str,
-    /// `--fast-path`: `off` or `direct`.
+    /// `--fast-path`: `off`, `direct` or `learned`.
     pub fast_path: &'static str,
     /// `--iface`.
     pub uplink: &'static str,
@@ -76,6 +76,13 @@ impl AgentOptions {
             },
             ..Self::default()
         }
+    }
+
+    /// With that `--fast-path`.
+    #[must_use]
+    pub fn fast_path(mut self, fast_path: &'static str) -> Self {
+        self.fast_path = fast_path;
+        self
     }
 
     /// With one more argument.

@@ -3,11 +3,12 @@
 //! Every verb runs its tools to their end and checks the data; what is left
 //! to the scenario is which path was taken and what the headers said.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddrV4};
 
 use anyhow::{Context, Result, anyhow, ensure};
 
 use crate::{
+    namespace::Namespace,
     paths,
     pod::Pod,
     task::Task,
@@ -153,9 +154,24 @@ impl RunningStream {
     /// # Errors
     /// When a tool does not start.
     pub fn start(from: &Pod, to: &Pod, arguments: &str) -> Result<Self> {
-        let server = to.tool(&format!("stream-serve --port {STREAM_PORT}"))?;
-        let target = to.at(STREAM_PORT);
-        let client = from.tool(&format!("stream --to {target} {arguments}"))?;
+        Self::start_at(
+            from.namespace(),
+            (to.namespace(), to.at(STREAM_PORT)),
+            arguments,
+        )
+    }
+
+    /// Connects to `target`, behind which the server in `to` is reached.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_at(
+        from: &Namespace,
+        (to, target): (&Namespace, SocketAddrV4),
+        arguments: &str,
+    ) -> Result<Self> {
+        let server = Task::start(to, &format!("stream-serve --port {STREAM_PORT}"))?;
+        let client = Task::start(from, &format!("stream --to {target} {arguments}"))?;
         Ok(Self { client, server })
     }
 
@@ -211,10 +227,34 @@ impl RunningPing {
     }
 
     fn with(from: &Pod, to: &Pod, arguments: &str) -> Result<Self> {
-        let server = to.tool(&format!("udp-echo --port {ECHO_PORT}"))?;
-        let target = to.at(ECHO_PORT);
-        let client = from.tool(&format!("udp-ping --to {target} {arguments}"))?;
+        Self::start_at(
+            from.namespace(),
+            (to.namespace(), to.at(ECHO_PORT)),
+            arguments,
+        )
+    }
+
+    /// Sends with `arguments` of `lab udp-ping` to `target`, behind which the
+    /// echo in `to` is reached.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_at(
+        from: &Namespace,
+        (to, target): (&Namespace, SocketAddrV4),
+        arguments: &str,
+    ) -> Result<Self> {
+        let server = Task::start(to, &format!("udp-echo --port {ECHO_PORT}"))?;
+        let client = Task::start(from, &format!("udp-ping --to {target} {arguments}"))?;
         Ok(Self { client, server })
+    }
+
+    /// Waits until `--count` datagrams are sent and the last echoes are there.
+    ///
+    /// # Errors
+    /// When a tool failed.
+    pub fn result(self) -> Result<(PingReport, EchoReport)> {
+        Ok((self.client.result()?, self.server.finish()?))
     }
 
     /// Stops sending, waits for the last echoes, and gives both counts.
@@ -263,7 +303,7 @@ fn explained<T>(result: Result<T>, from: &Pod, to: &Pod) -> Result<T> {
 /// When one is.
 pub fn udp_round_trips(from: &Pod, to: &Pod, count: u64) -> Result<PingReport> {
     let ping = RunningPing::with(from, to, &format!("--rate 5000 --count {count}"))?;
-    let reports = (ping.client.result()?, ping.server.finish()?);
+    let reports = ping.result()?;
     explained(check_nothing_lost(&reports), from, to)?;
     Ok(reports.0)
 }
@@ -341,8 +381,8 @@ pub fn route(from: &Pod, to: Ipv4Addr) -> Result<RouteReport> {
 /// # Errors
 /// When the connection broke.
 pub fn request_response(
-    from: &crate::namespace::Namespace,
-    (to, address): (&crate::namespace::Namespace, Ipv4Addr),
+    from: &Namespace,
+    (to, address): (&Namespace, Ipv4Addr),
     protocol: &str,
     seconds: f64,
     cpu: usize,

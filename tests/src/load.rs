@@ -1,12 +1,15 @@
 //! The load under which nothing may be lost: 2,000 packets a second each way
 //! and one TCP stream.
 
-use std::time::{Duration, Instant};
+use std::{
+    net::{Ipv4Addr, SocketAddrV4},
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 
 use crate::{
-    exchange::{self, RunningPing, RunningStream, SlowestSecond},
+    exchange::{self, ECHO_PORT, RunningPing, RunningStream, STREAM_PORT, SlowestSecond},
     pod::Pod,
     traffic::pinger::{EchoReport, PingReport},
 };
@@ -58,10 +61,26 @@ impl Load {
     }
 
     fn with_stream(client: &Pod, server: &Pod, arguments: &str) -> Result<Self> {
+        Self::with(client, server, server.address(), arguments)
+    }
+
+    /// As [`Self::start`], with the client asking `address`, behind which the
+    /// server is reached on the same ports.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_at(client: &Pod, server: &Pod, address: Ipv4Addr) -> Result<Self> {
+        let arguments = format!("--direction up --pace {PACE}");
+        Self::with(client, server, address, &arguments)
+    }
+
+    fn with(client: &Pod, server: &Pod, address: Ipv4Addr, arguments: &str) -> Result<Self> {
+        let to = |port| (server.namespace(), SocketAddrV4::new(address, port));
+        let from = client.namespace();
         let load = Self {
-            there: RunningPing::start(client, server, RATE)?,
+            there: RunningPing::start_at(from, to(ECHO_PORT), &format!("--rate {RATE}"))?,
             back: RunningPing::start(server, client, RATE)?,
-            stream: RunningStream::start(client, server, arguments)?,
+            stream: RunningStream::start_at(from, to(STREAM_PORT), arguments)?,
             start: Instant::now(),
         };
         std::thread::sleep(Duration::from_secs(1));

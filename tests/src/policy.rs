@@ -45,7 +45,7 @@ impl Policy {
         match by {
             By::Nft => {
                 let text = format!(
-                    "table ip {TABLE} {{ chain forward {{ type filter hook forward priority -10; policy accept; }} }}\n"
+                    "table ip {TABLE} {{ chain forward {{ type filter hook forward priority -10; policy accept; }}; }}\n"
                 );
                 namespace.run_with_input(&["nft", "-f", "-"], &text)?;
             }

@@ -64,6 +64,16 @@ impl Task {
         Ok(self.child.try_wait()?.is_some())
     }
 
+    /// Waits for the next line of a tool that reports more than once.
+    ///
+    /// # Errors
+    /// When it ends instead, or says something else.
+    pub fn next_report<T: DeserializeOwned>(&mut self) -> Result<T> {
+        let line = self.output.next().transpose()?;
+        let line = line.with_context(|| format!("{} ended without a report", self.what))?;
+        serde_json::from_str(&line).with_context(|| format!("{} says: {line}", self.what))
+    }
+
     /// Waits for the tool's own end and gives its result.
     ///
     /// # Errors

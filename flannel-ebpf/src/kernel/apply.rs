@@ -8,14 +8,21 @@ use aya_ebpf::{
         BPF_F_ADJ_ROOM_FIXED_GSO, BPF_F_ADJ_ROOM_NO_CSUM_RESET,
         bpf_adj_room_mode::BPF_ADJ_ROOM_MAC, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1,
     },
-    helpers::{bpf_csum_level, bpf_get_hash_recalc, bpf_redirect_neigh, bpf_redirect_peer},
+    helpers::{
+        bpf_clone_redirect, bpf_csum_level, bpf_get_hash_recalc, bpf_l4_csum_replace, bpf_redirect,
+        bpf_redirect_neigh, bpf_redirect_peer,
+    },
     programs::TcContext,
 };
 use flannel_ebpf::{
     decap::Delivery,
     encap::Encapsulation,
-    header::{Ethernet, IPV4},
+    hash,
+    header::{self, Ethernet, IPV4},
+    layout::{FlowKey, InFlow, OutFlow, TEMPLATE_LEN, Verdict},
+    learned,
     outer::{OVERHEAD, Outer, next_hop_ttl},
+    packet::Packet,
     reason::Reason,
 };
 
@@ -33,6 +40,11 @@ const GROW: u64 = BPF_F_ADJ_ROOM_FIXED_GSO as u64
     | BPF_F_ADJ_ROOM_ENCAP_L2_ETH as u64
     | ENCAP_L2;
 const SHRINK: u64 = BPF_F_ADJ_ROOM_FIXED_GSO as u64 | BPF_F_ADJ_ROOM_NO_CSUM_RESET as u64;
+
+/// `BPF_F_PSEUDO_HDR`, `BPF_F_MARK_MANGLED_0` and `BPF_F_INGRESS`.
+const PSEUDO_HEADER: u64 = 1 << 4;
+const ZERO_STAYS_ZERO: u64 = 1 << 5;
+const INGRESS: u64 = 1;
 
 /// `BPF_CSUM_LEVEL_DEC`.
 const CSUM_LEVEL_DEC: u64 = 2;
@@ -118,4 +130,194 @@ pub(super) fn deliver(context: &TcContext, way: &Delivery<'_>) -> (Reason, i32) 
     // SAFETY: a helper without memory arguments.
     let verdict = unsafe { bpf_redirect_peer(pod.ifindex, 0) };
     (Reason::Decapsulated, verdict as i32)
+}
+
+/// Where the far end of a flow stands in a packet.
+#[derive(Clone, Copy)]
+enum FarEnd {
+    Destination,
+    Source,
+}
+
+/// Writes the far end's new address and port; the checksum of TCP or UDP follows it, whether it
+/// is whole, still to be finished by the device, or absent. `ip` is the offset of the IP header.
+#[inline(always)]
+fn translate(
+    context: &TcContext,
+    ip: usize,
+    key: &FlowKey,
+    verdict: &Verdict,
+    far: FarEnd,
+) -> Result<(), ()> {
+    let l4 = ip + 20;
+    let (check, flags) = if key.protocol == header::TCP {
+        (l4 + 16, 0)
+    } else {
+        (l4 + 6, ZERO_STAYS_ZERO)
+    };
+    let (address, port, old_address, old_port) = match far {
+        FarEnd::Destination => (ip + 16, l4 + 2, key.dst, key.dport),
+        FarEnd::Source => (ip + 12, l4, key.src, key.sport),
+    };
+    let Some(bytes) = wire::writable::<4>(context, address) else {
+        return Err(());
+    };
+    // SAFETY: four writable bytes.
+    unsafe { *bytes = verdict.far };
+    let Some(bytes) = wire::writable::<2>(context, port) else {
+        return Err(());
+    };
+    // SAFETY: two writable bytes.
+    unsafe { *bytes = verdict.far_port };
+    let words = |bytes| u64::from(u32::from_ne_bytes(bytes));
+    let halves = |bytes| u64::from(u16::from_ne_bytes(bytes));
+    // SAFETY: helpers without memory arguments.
+    let failed = unsafe {
+        bpf_l4_csum_replace(
+            context.as_ptr().cast(),
+            check as u32,
+            words(old_address),
+            words(verdict.far),
+            flags | PSEUDO_HEADER | 4,
+        ) != 0
+            || bpf_l4_csum_replace(
+                context.as_ptr().cast(),
+                check as u32,
+                halves(old_port),
+                halves(verdict.far_port),
+                flags | 2,
+            ) != 0
+    };
+    if failed { Err(()) } else { Ok(()) }
+}
+
+/// One more packet that bypassed the stack.
+#[inline(always)]
+fn tally(verdict: &Verdict) {
+    // SAFETY: a map's value. Two CPUs at once may lose a count, which nothing depends on.
+    unsafe {
+        let packets = (&raw const verdict.packets).cast_mut();
+        packets.write(packets.read().wrapping_add(1));
+    }
+}
+
+/// Sends a packet the way that the stack has sent its flow's packets.
+#[inline(always)]
+pub(super) fn send_learned(context: &TcContext, entry: &OutFlow, packet: &Packet) -> (Reason, i32) {
+    let headers = learned::outer_headers(entry, packet, maps::take_idents(wire::segments(context)));
+    let (ttl, check) = learned::next_hop(&entry.verdict, packet, packet.tos);
+    let verdict = entry.verdict;
+    let (uplink, mark, priority) = (entry.uplink, entry.mark, entry.priority);
+    // Only now is it certain that all of this was one flow's.
+    if verdict.tag != hash::tag(&packet.key) || entry.tag != verdict.tag {
+        return (Reason::OutUnlearned, NEXT);
+    }
+    tally(&entry.verdict);
+
+    if context
+        .adjust_room(OVERHEAD as i32, BPF_ADJ_ROOM_MAC, GROW)
+        .is_err()
+    {
+        return (Reason::OutNoRoom, NEXT);
+    }
+    let Some(bytes) = wire::writable::<{ TEMPLATE_LEN + 20 }>(context, 0) else {
+        return (Reason::OutLost, DROP);
+    };
+    // SAFETY: `TEMPLATE_LEN + 20` writable bytes: the new headers and the inner IP header.
+    unsafe {
+        bytes.cast::<[u8; TEMPLATE_LEN]>().write_unaligned(headers);
+        (*bytes)[TEMPLATE_LEN + 8] = ttl;
+        (*bytes)[TEMPLATE_LEN + 10] = check[0];
+        (*bytes)[TEMPLATE_LEN + 11] = check[1];
+    }
+    if verdict.translated != 0
+        && translate(
+            context,
+            TEMPLATE_LEN,
+            &packet.key,
+            &verdict,
+            FarEnd::Destination,
+        )
+        .is_err()
+    {
+        return (Reason::OutLost, DROP);
+    }
+    wire::set_mark_and_priority(context, mark, priority);
+    wire::set_sign(context, wire::sign::BYPASSED);
+    // SAFETY: a helper without memory arguments.
+    let answer = unsafe { bpf_redirect(uplink, 0) };
+    (Reason::Encapsulated, answer as i32)
+}
+
+/// A packet of the flow is on its way to ask the stack.
+#[inline(always)]
+pub(super) fn asked(verdict: &Verdict) {
+    // SAFETY: a map's value; whichever CPU asks last is fine.
+    unsafe {
+        (&raw const verdict.probed)
+            .cast_mut()
+            .write(maps::jiffies());
+    }
+}
+
+/// Lets a copy of a packet that came in by the uplink come in once more, to ask the stack.
+///
+/// The packet itself must not go there: it would queue behind the tunnel device while the ones
+/// after it overtake it.
+#[inline(always)]
+pub(super) fn ask(context: &TcContext, verdict: &Verdict, ifindex: u32) {
+    asked(verdict);
+    wire::set_sign(context, wire::sign::PROBE);
+    // SAFETY: a helper without memory arguments. Failing to ask now, the flow asks again later.
+    let _ = unsafe { bpf_clone_redirect(context.as_ptr().cast(), ifindex, INGRESS) };
+    wire::set_sign(context, wire::sign::NONE);
+}
+
+/// Delivers a packet as the stack has delivered its flow's packets.
+#[inline(always)]
+pub(super) fn deliver_learned(
+    context: &TcContext,
+    entry: &InFlow,
+    packet: &Packet,
+    tos: u8,
+) -> (Reason, i32) {
+    let verdict = entry.verdict;
+    let (pod, macs) = (entry.pod, entry.macs);
+    if verdict.tag != hash::tag(&packet.key) || entry.tag != verdict.tag {
+        return (Reason::InUnlearned, NEXT);
+    }
+    let (ttl, check) = learned::next_hop(&verdict, packet, tos);
+    tally(&entry.verdict);
+
+    if context
+        .adjust_room(-(OVERHEAD as i32), BPF_ADJ_ROOM_MAC, SHRINK)
+        .is_err()
+    {
+        return (Reason::InNoRoom, NEXT);
+    }
+    // SAFETY: the context is valid; see `deliver`.
+    let _ = unsafe { bpf_csum_level(context.as_ptr().cast(), CSUM_LEVEL_DEC) };
+    let Some(bytes) = wire::writable::<{ IP + 20 }>(context, 0) else {
+        return (Reason::InLost, DROP);
+    };
+    // SAFETY: an Ethernet and an IPv4 header's worth of writable bytes.
+    unsafe {
+        bytes.cast::<[u8; 12]>().write_unaligned(macs);
+        (*bytes)[12] = IPV4[0];
+        (*bytes)[13] = IPV4[1];
+        (*bytes)[IP + 1] = tos;
+        (*bytes)[IP + 8] = ttl;
+        (*bytes)[IP + 10] = check[0];
+        (*bytes)[IP + 11] = check[1];
+    }
+    if verdict.translated != 0
+        && translate(context, IP, &packet.key, &verdict, FarEnd::Source).is_err()
+    {
+        return (Reason::InLost, DROP);
+    }
+    // The stack clears both where a packet enters another namespace.
+    wire::set_mark_and_priority(context, 0, 0);
+    // SAFETY: a helper without memory arguments.
+    let answer = unsafe { bpf_redirect_peer(pod, 0) };
+    (Reason::Decapsulated, answer as i32)
 }

@@ -1,12 +1,18 @@
 //! All maps, and the questions the decisions ask of them.
 
 use aya_ebpf::{
+    helpers::bpf_jiffies64,
     macros::map,
-    maps::{Array, HashMap, LpmTrie, PerCpuArray, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, lpm_trie::Key},
 };
 use flannel_ebpf::{
-    layout::{LocalPod, MAX_LOCAL_PODS, MAX_REMOTE_SUBNETS, NodeConfig, RemoteSubnet, Tally},
+    layout::{
+        CANDIDATES, Candidate, DEFAULT_FLOWS, Epoch, FlowKey, GENERATION_SLOTS, InFlow, LocalPod,
+        MAX_EXCLUDED_SUBNETS, MAX_LOCAL_PODS, MAX_REMOTE_SUBNETS, NOTES, NodeConfig, Note, OutFlow,
+        PORT_WORDS, RemoteSubnet, TEMPLATE_LEN, Tally, Trail,
+    },
     reason::Reason,
+    sighting::Way,
     tables::Tables,
 };
 
@@ -29,6 +35,56 @@ static COUNTERS: PerCpuArray<Tally> = PerCpuArray::with_max_entries(Reason::COUN
 
 #[map]
 static IDENT: PerCpuArray<u32> = PerCpuArray::with_max_entries(1, 0);
+
+/// The agent may set another size.
+#[map]
+static FLOWS_OUT: LruHashMap<FlowKey, OutFlow> = LruHashMap::with_max_entries(DEFAULT_FLOWS, 0);
+
+/// As `FLOWS_OUT`.
+#[map]
+static FLOWS_IN: LruHashMap<FlowKey, InFlow> = LruHashMap::with_max_entries(DEFAULT_FLOWS, 0);
+
+#[map]
+static NOTES_OUT: PerCpuArray<Note> = PerCpuArray::with_max_entries(NOTES, 0);
+
+#[map]
+static NOTES_IN: PerCpuArray<Note> = PerCpuArray::with_max_entries(NOTES, 0);
+
+#[map]
+static TRAILS_OUT: PerCpuArray<Trail> = PerCpuArray::with_max_entries(NOTES, 0);
+
+#[map]
+static TRAILS_IN: PerCpuArray<Trail> = PerCpuArray::with_max_entries(NOTES, 0);
+
+#[map]
+static CANDIDATES_OUT: PerCpuArray<Candidate> = PerCpuArray::with_max_entries(CANDIDATES, 0);
+
+#[map]
+static CANDIDATES_IN: PerCpuArray<Candidate> = PerCpuArray::with_max_entries(CANDIDATES, 0);
+
+/// Room beside the stack.
+#[map]
+static SCRATCH_TEMPLATE: PerCpuArray<[u8; TEMPLATE_LEN]> = PerCpuArray::with_max_entries(1, 0);
+
+/// Room beside the stack.
+#[map]
+static SCRATCH_OUT: PerCpuArray<OutFlow> = PerCpuArray::with_max_entries(1, 0);
+
+/// Room beside the stack.
+#[map]
+static SCRATCH_IN: PerCpuArray<InFlow> = PerCpuArray::with_max_entries(1, 0);
+
+#[map]
+static EPOCH: Array<Epoch> = Array::with_max_entries(1, 0);
+
+#[map]
+static GENERATIONS: Array<u32> = Array::with_max_entries(GENERATION_SLOTS, 0);
+
+#[map]
+static EXCLUDED_SUBNETS: LpmTrie<[u8; 4], u32> = LpmTrie::with_max_entries(MAX_EXCLUDED_SUBNETS, 0);
+
+#[map]
+static EXCLUDED_PORTS: Array<u64> = Array::with_max_entries(PORT_WORDS, 0);
 
 /// A table that is mostly empty should not cost its full size.
 const BPF_F_NO_PREALLOC: u32 = 1;
@@ -59,6 +115,141 @@ impl Tables for KernelTables {
         // SAFETY: only presence is looked at.
         unsafe { PEER_NODES.get(address) }.is_some()
     }
+
+    #[inline(always)]
+    fn flow_out(&self, key: &FlowKey) -> Option<&OutFlow> {
+        // SAFETY: the table may give the entry to another flow meanwhile: readers compare the tags.
+        unsafe { FLOWS_OUT.get(key) }
+    }
+
+    #[inline(always)]
+    fn flow_in(&self, key: &FlowKey) -> Option<&InFlow> {
+        // SAFETY: see above.
+        unsafe { FLOWS_IN.get(key) }
+    }
+
+    #[inline(always)]
+    fn epoch(&self) -> Epoch {
+        EPOCH.get(0).copied().unwrap_or_default()
+    }
+
+    #[inline(always)]
+    fn generation(&self, slot: u32) -> u32 {
+        GENERATIONS.get(slot).map_or(0, |generation| *generation)
+    }
+
+    #[inline(always)]
+    fn jiffies(&self) -> u32 {
+        jiffies()
+    }
+
+    #[inline(always)]
+    fn is_excluded_address(&self, address: [u8; 4]) -> bool {
+        EXCLUDED_SUBNETS.get(Key::new(32, address)).is_some()
+    }
+
+    #[inline(always)]
+    fn is_excluded_port(&self, port: [u8; 2]) -> bool {
+        let port = u32::from(u16::from_be_bytes(port));
+        EXCLUDED_PORTS
+            .get(port >> 6)
+            .is_some_and(|word| word >> (port & 63) & 1 != 0)
+    }
+}
+
+/// This node; `None` until the agent has written it.
+#[inline(always)]
+pub(super) fn node() -> Option<&'static NodeConfig> {
+    NODE.get(0)
+}
+
+/// The low 32 bits of the jiffies.
+#[inline(always)]
+pub(super) fn jiffies() -> u32 {
+    // SAFETY: a helper without arguments.
+    unsafe { bpf_jiffies64() as u32 }
+}
+
+/// This CPU's note at one place.
+#[inline(always)]
+pub(super) fn note(way: Way, place: u32) -> Option<*mut Note> {
+    match way {
+        Way::Out => NOTES_OUT.get_ptr_mut(place),
+        Way::In => NOTES_IN.get_ptr_mut(place),
+    }
+}
+
+/// This CPU's trail at one place.
+#[inline(always)]
+pub(super) fn trail(way: Way, place: u32) -> Option<*mut Trail> {
+    match way {
+        Way::Out => TRAILS_OUT.get_ptr_mut(place),
+        Way::In => TRAILS_IN.get_ptr_mut(place),
+    }
+}
+
+/// This CPU's room for a template.
+#[inline(always)]
+pub(super) fn scratch_template() -> Option<*mut [u8; TEMPLATE_LEN]> {
+    SCRATCH_TEMPLATE.get_ptr_mut(0)
+}
+
+/// This CPU's room for an entry.
+#[inline(always)]
+pub(super) fn scratch_out() -> Option<*mut OutFlow> {
+    SCRATCH_OUT.get_ptr_mut(0)
+}
+
+/// This CPU's room for an entry.
+#[inline(always)]
+pub(super) fn scratch_in() -> Option<*mut InFlow> {
+    SCRATCH_IN.get_ptr_mut(0)
+}
+
+/// This CPU's candidate for one hash.
+#[inline(always)]
+pub(super) fn candidate(way: Way, hash: u64) -> Option<*mut Candidate> {
+    let place = (hash >> 40) as u32 % CANDIDATES;
+    match way {
+        Way::Out => CANDIDATES_OUT.get_ptr_mut(place),
+        Way::In => CANDIDATES_IN.get_ptr_mut(place),
+    }
+}
+
+/// The entry of a flow that a pod sends, to be refreshed.
+#[inline(always)]
+pub(super) fn flow_out(key: &FlowKey) -> Option<*mut OutFlow> {
+    FLOWS_OUT.get_ptr_mut(key)
+}
+
+/// The entry of a flow that arrives, to be refreshed.
+#[inline(always)]
+pub(super) fn flow_in(key: &FlowKey) -> Option<*mut InFlow> {
+    FLOWS_IN.get_ptr_mut(key)
+}
+
+/// Makes an entry; `false` if the table takes no more.
+#[inline(always)]
+pub(super) fn keep_out(key: &FlowKey, flow: &OutFlow) -> bool {
+    FLOWS_OUT.insert(key, flow, 0).is_ok()
+}
+
+/// Makes an entry; `false` if the table takes no more.
+#[inline(always)]
+pub(super) fn keep_in(key: &FlowKey, flow: &InFlow) -> bool {
+    FLOWS_IN.insert(key, flow, 0).is_ok()
+}
+
+/// Withdraws the entry of a flow that a pod sends.
+#[inline(always)]
+pub(super) fn forget_out(key: &FlowKey) {
+    let _ = FLOWS_OUT.remove(key);
+}
+
+/// Withdraws the entry of a flow that arrives.
+#[inline(always)]
+pub(super) fn forget_in(key: &FlowKey) {
+    let _ = FLOWS_IN.remove(key);
 }
 
 /// This CPU's counter of one outcome.

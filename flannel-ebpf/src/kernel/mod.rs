@@ -10,29 +10,102 @@ mod counters;
 mod maps;
 mod slowed;
 mod trace;
+mod watch;
 mod wire;
 
 use aya_ebpf::{macros::classifier, programs::TcContext};
 use flannel_ebpf::{
-    decap, encap,
+    decap::{self, Arrive},
+    encap::{self, Leave},
     frame::Frame as _,
+    header::Ethernet,
+    layout::{FAST_PATH_DIRECT, FAST_PATH_LEARNED, FlowKey, NodeConfig, Verdict},
+    learned::Hit,
+    packet::Packet,
     reason::{Action, Reason},
+    sighting::Way,
 };
 
-use self::{maps::KernelTables, wire::Wire};
+use self::{
+    maps::KernelTables,
+    wire::{Wire, sign},
+};
 
+/// Offset of the IP header behind the first Ethernet header.
+const ETHERNET: usize = size_of::<Ethernet>();
 /// `TC_ACT_UNSPEC`: the next program or filter of the hook decides, the stack at last.
 const NEXT: i32 = -1;
 /// `TC_ACT_SHOT`: freed.
 const DROP: i32 = 2;
+
+/// The node's config if ways are learned.
+#[inline(always)]
+fn learning() -> Option<&'static NodeConfig> {
+    maps::node().filter(|node| node.flags & FAST_PATH_LEARNED != 0)
+}
 
 /// Ingress of a pod's host-side veth.
 #[classifier]
 pub(crate) fn from_pod(context: TcContext) -> i32 {
     let wire = Wire::new(&context);
     let len = wire.meta().len;
-    let outcome = encap::encapsulate(&wire, &KernelTables).map(|way| apply::send(&context, &way));
+    let outcome = match maps::node() {
+        Some(node) if node.flags & FAST_PATH_LEARNED != 0 => leave(&context, &wire, node),
+        Some(node) if node.flags & FAST_PATH_DIRECT != 0 => {
+            encap::encapsulate(&wire, &KernelTables).map(|way| apply::send(&context, &way))
+        }
+        _ => Err(Reason::OutFastPathOff),
+    };
     finish(&context, outcome, len)
+}
+
+/// From a pod, where ways are learned.
+#[inline(always)]
+fn leave(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Result<(Reason, i32), Reason> {
+    // A pod's own sign means nothing here.
+    wire::set_sign(context, sign::NONE);
+    let (packet, reason) = match encap::leave(wire, &KernelTables, node) {
+        Leave::Known(hit, packet) => match hit {
+            Hit::Bypass { flow, probe: false } => {
+                return Ok(apply::send_learned(context, flow, &packet));
+            }
+            // On the way out nothing queues between the two sightings: the packet itself asks.
+            Hit::Bypass { flow, probe: true } => {
+                apply::asked(&flow.verdict);
+                (packet, Reason::OutProbe)
+            }
+            Hit::Kernel { reason, note: true } => (packet, reason),
+            Hit::Kernel { reason, .. } => return Err(reason),
+            Hit::End(flow) => {
+                end(Way::Out, &packet.key, &flow.verdict);
+                return Err(Reason::OutBoundary);
+            }
+        },
+        Leave::Ask(packet) => (packet, Reason::OutUnlearned),
+        Leave::Kernel(reason) => return Err(reason),
+    };
+    watch::note(wire, ETHERNET, &packet, node, Way::Out, false);
+    Err(reason)
+}
+
+/// A connection ends or begins anew: both directions go back to the stack.
+#[inline(always)]
+fn end(way: Way, key: &FlowKey, verdict: &Verdict) {
+    let mut opposite = key.reversed();
+    match way {
+        Way::Out => {
+            opposite.src = verdict.far;
+            opposite.sport = verdict.far_port;
+            maps::forget_out(key);
+            maps::forget_in(&opposite);
+        }
+        Way::In => {
+            opposite.dst = verdict.far;
+            opposite.dport = verdict.far_port;
+            maps::forget_in(key);
+            maps::forget_out(&opposite);
+        }
+    }
 }
 
 /// Ingress of the uplink.
@@ -40,8 +113,105 @@ pub(crate) fn from_pod(context: TcContext) -> i32 {
 pub(crate) fn from_uplink(context: TcContext) -> i32 {
     let wire = Wire::new(&context);
     let len = wire.meta().len;
-    let outcome = decap::deliver(&wire, &KernelTables).map(|way| apply::deliver(&context, &way));
+    let outcome = match maps::node() {
+        Some(node) if node.flags & FAST_PATH_LEARNED != 0 => arrive(&context, &wire, node),
+        Some(node) if node.flags & FAST_PATH_DIRECT != 0 => {
+            decap::deliver(&wire, &KernelTables).map(|way| apply::deliver(&context, &way))
+        }
+        _ => Err(Reason::InFastPathOff),
+    };
     finish(&context, outcome, len)
+}
+
+/// From a peer, where ways are learned.
+#[inline(always)]
+fn arrive(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Result<(Reason, i32), Reason> {
+    if wire::sign(context) == sign::PROBE {
+        return Err(Reason::InProbe);
+    }
+    match decap::arrive(wire, &KernelTables, node) {
+        Arrive::Known(hit, packet, tos) => match hit {
+            Hit::Bypass { flow, probe } => {
+                if probe {
+                    apply::ask(context, &flow.verdict, wire.meta().ifindex);
+                }
+                Ok(apply::deliver_learned(context, flow, &packet, tos))
+            }
+            Hit::Kernel { reason, .. } => Err(reason),
+            Hit::End(flow) => {
+                end(Way::In, &packet.key, &flow.verdict);
+                Err(Reason::InBoundary)
+            }
+        },
+        Arrive::Kernel(reason) => Err(reason),
+    }
+}
+
+/// Ingress of the tunnel device: the packet is whole again, and the stack is about to judge it.
+#[classifier]
+pub(crate) fn from_tunnel(context: TcContext) -> i32 {
+    let wire = Wire::new(&context);
+    if let Some(node) = learning()
+        && let Some(ethernet) = wire.at::<Ethernet>(0)
+        && ethernet.ether_type == flannel_ebpf::header::IPV4
+        && let Some(packet) = Packet::read(&wire, ETHERNET)
+        && !packet.is_boundary()
+    {
+        let probe = wire::sign(&context) == sign::PROBE;
+        watch::note(&wire, ETHERNET, &packet, node, Way::In, probe);
+    }
+    NEXT
+}
+
+/// Egress of a pod's host-side veth: what the stack made of a peer's packet.
+#[classifier]
+pub(crate) fn to_pod(context: TcContext) -> i32 {
+    let wire = Wire::new(&context);
+    let Some(node) = learning() else {
+        return absorb(&context);
+    };
+    // Everything else that a pod receives is none of the tunnel's.
+    if wire::ingress(&context) != node.tunnel {
+        return NEXT;
+    }
+    let len = wire.meta().len;
+    if let Some(reason) = watch::arrived(&wire, node) {
+        counters::count(reason, len);
+    }
+    absorb(&context)
+}
+
+/// A copy that only asked goes no further: the packet itself was delivered.
+#[inline(always)]
+fn absorb(context: &TcContext) -> i32 {
+    if wire::sign(context) == sign::PROBE {
+        DROP
+    } else {
+        NEXT
+    }
+}
+
+/// Egress of the uplink: what the stack made of a pod's packet.
+#[classifier]
+pub(crate) fn to_uplink(context: TcContext) -> i32 {
+    if wire::sign(&context) == sign::BYPASSED {
+        wire::set_sign(&context, sign::NONE);
+        return NEXT;
+    }
+    if let Some(node) = learning() {
+        let wire = Wire::new(&context);
+        let len = wire.meta().len;
+        if let Some(reason) = watch::left(&context, &wire, node) {
+            counters::count(reason, len);
+        }
+    }
+    NEXT
+}
+
+/// Tells the time that the programs go by; run by the agent through test_run.
+#[classifier]
+pub(crate) fn clock(_context: TcContext) -> i32 {
+    maps::jiffies() as i32
 }
 
 /// Counts the outcome once and turns it into the hook's answer.

@@ -1,11 +1,19 @@
 //! `flannelctl`: what an operator asks of a running agent.
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    ffi::OsString,
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
 
+use anyhow::{Context as _, bail};
 use clap::{Parser, Subcommand, ValueEnum};
 use flannel_user::{
     control::{self, Request},
     datapath::switch::Preference,
+    docker_opts::{self, DockerOpts, Wanted},
     observe::{status::Status, text},
 };
 
@@ -46,6 +54,42 @@ enum Verb {
         #[arg(value_enum)]
         datapath: Preference,
     },
+    /// Write Docker's options from the subnet file, as flannel's mk-docker-opts.sh does
+    ///
+    /// Options on docker0's address, masquerading and MTU, for an EnvironmentFile of Docker's unit.
+    /// Without -i and -c both kinds are written. A link to flannelctl named mk-docker-opts.sh does
+    /// the same. Ends with 1 if a route sends this node's own subnet to a gateway.
+    MkDockerOpts(MkDockerOpts),
+}
+
+#[derive(clap::Args)]
+struct MkDockerOpts {
+    /// flannel's subnet file
+    #[arg(
+        short = 'f',
+        value_name = "FILE",
+        default_value = "/run/flannel/subnet.env"
+    )]
+    subnet_file: PathBuf,
+    /// File to write
+    #[arg(
+        short = 'd',
+        value_name = "FILE",
+        default_value = "/run/docker_opts.env"
+    )]
+    docker_file: PathBuf,
+    /// A variable for each option
+    #[arg(short)]
+    individual: bool,
+    /// One variable with all of them
+    #[arg(short)]
+    combined: bool,
+    /// Without --ip-masq
+    #[arg(short = 'm')]
+    without_ip_masq: bool,
+    /// Name of the one variable; what it holds in the environment stays in front
+    #[arg(short = 'k', value_name = "NAME", default_value = "DOCKER_OPTS")]
+    key: String,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -55,7 +99,7 @@ enum Output {
 }
 
 fn main() -> ExitCode {
-    match run(&Arguments::parse()) {
+    match run(&Arguments::parse_from(command_line(std::env::args_os()))) {
         Ok(code) => code,
         Err(cause) => {
             eprintln!("flannelctl: {cause:#}");
@@ -64,8 +108,22 @@ fn main() -> ExitCode {
     }
 }
 
+/// What `mk-docker-opts.sh` is asked, `flannelctl mk-docker-opts` is asked.
+fn command_line(given: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    let mut line: Vec<OsString> = given.into_iter().collect();
+    let name = line.first().map(Path::new).and_then(Path::file_stem);
+    if name.is_some_and(|name| name == "mk-docker-opts") {
+        line.insert(1, "mk-docker-opts".into());
+    }
+    line
+}
+
 fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     match arguments.verb {
+        Verb::MkDockerOpts(ref options) => {
+            make_docker_opts(options)?;
+            Ok(ExitCode::SUCCESS)
+        }
         Verb::Status { output, all } => {
             let status = ask(arguments, &Request::Status)?;
             match output {
@@ -98,6 +156,37 @@ fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             })
         }
     }
+}
+
+fn make_docker_opts(options: &MkDockerOpts) -> anyhow::Result<()> {
+    const ROUTES: &str = "/proc/net/route";
+    let path = &options.subnet_file;
+    let text = fs::read_to_string(path).with_context(|| {
+        format!(
+            "cannot read {}: has flanneld written it yet?",
+            path.display()
+        )
+    })?;
+    let found =
+        DockerOpts::parse(&text).with_context(|| format!("cannot use {}", path.display()))?;
+    let routes = fs::read_to_string(ROUTES).with_context(|| format!("cannot read {ROUTES}"))?;
+    if let Some(route) = docker_opts::route_by_gateway(&routes, found.subnet()) {
+        let interface = route.split_whitespace().next().unwrap_or_default();
+        bail!(
+            "a route sends this node's own subnet {} to a gateway on {interface}: remove it first, docker0 would be cut off",
+            found.subnet()
+        );
+    }
+    let both = !options.individual && !options.combined;
+    let wanted = Wanted {
+        individual: options.individual || both,
+        combined: (options.combined || both).then(|| options.key.clone()),
+        without_ip_masq: options.without_ip_masq,
+    };
+    let given = std::env::var(&options.key).unwrap_or_default();
+    let file = found.render(&wanted, &given)?;
+    let target = &options.docker_file;
+    fs::write(target, file).with_context(|| format!("cannot write {}", target.display()))
 }
 
 fn ask(arguments: &Arguments, request: &Request) -> anyhow::Result<Status> {

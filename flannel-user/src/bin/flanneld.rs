@@ -1,6 +1,6 @@
 //! `flanneld`: the agent of one node.
 
-use std::{io::IsTerminal as _, process::ExitCode, sync::Arc};
+use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode, sync::Arc};
 
 use flannel_ebpf::layout::LAYOUT_VERSION;
 use flannel_user::{
@@ -59,10 +59,14 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
         fast_path: flags.fast_path,
         drop_forged: flags.forged_vxlan == ForgedVxlan::Drop,
         control_socket: flags.control_socket.clone(),
+        healthz: flags.healthz().map(|(ip, port)| (ip.to_owned(), port)),
         ebpf: EbpfOptions {
             bpf_dir: flags.bpf_dir.clone(),
             vni: 0,
             attach: flags.tc_attach,
+            flows: flags.fast_path_flows,
+            validity: flags.fast_path_revalidate,
+            conntrack_memory: PathBuf::new(),
             layout_version: layout_version(),
         },
     };

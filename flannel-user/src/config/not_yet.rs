@@ -4,7 +4,7 @@ use clap::Args;
 
 use super::{
     FlagsError,
-    go_flags::{Given, boolean, integer},
+    go_flags::{Given, boolean},
 };
 
 const HEADING: &str = "Not available in this version";
@@ -34,12 +34,6 @@ pub(super) struct NotYet {
     /// Ignored: Kubernetes
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = boolean)]
     set_node_network_unavailable: Option<bool>,
-    /// Ignored: health endpoint
-    #[arg(long, value_name = "IP")]
-    healthz_ip: Option<String>,
-    /// Ignored: health endpoint
-    #[arg(long, value_name = "PORT", value_parser = integer)]
-    healthz_port: Option<u64>,
     /// Ignored: per-file log verbosity
     #[arg(long, value_name = "PATTERNS")]
     vmodule: Option<String>,
@@ -68,7 +62,6 @@ const NO_KUBERNETES: Lack = Lack::Refused {
 fn lack_of(given: &Given) -> Option<Lack> {
     match given.name.as_str() {
         "kube-subnet-mgr" | "set-node-network-unavailable" if !given.is_on() => None,
-        "healthz-port" if given.value.as_deref().map(integer) == Some(Ok(0)) => None,
         "kube-subnet-mgr" | "kube-api-url" | "kubeconfig-file" => Some(NO_KUBERNETES),
         "public-ipv6" => Some(Lack::Refused {
             what: "IPv6 is",
@@ -77,9 +70,6 @@ fn lack_of(given: &Given) -> Option<Lack> {
         "kube-annotation-prefix" | "net-config-path" | "set-node-network-unavailable" => {
             Some(Lack::Ignored("leases do not come from Kubernetes"))
         }
-        "healthz-ip" | "healthz-port" => Some(Lack::Ignored(
-            "the health endpoint is not available in this version; flannelctl status tells the same",
-        )),
         "vmodule" | "log_backtrace_at" => Some(Lack::Ignored(
             "log output is chosen with --v alone in this version",
         )),

@@ -42,6 +42,7 @@ fn defaults_are_flannels() {
     assert_eq!(flags.tc_attach, TcAttach::Auto);
     assert_eq!(flags.forged_vxlan, ForgedVxlan::Drop);
     assert_eq!(flags.log_filter(), "info");
+    assert_eq!(flags.healthz(), None);
     assert_eq!(flags.warnings, [""; 0]);
 }
 
@@ -180,7 +181,7 @@ fn an_unreadable_variable_is_named(#[case] name: &str, #[case] value: &str) {
 #[case(&["--lease-ttl=0"], "at least one second")]
 #[case(&["--public-ip=host"], "--public-ip")]
 #[case(&["--ip-masq=maybe"], "expected true or false")]
-#[case(&["--fast-path=learned"], "off, direct")]
+#[case(&["--fast-path=lerned"], "off, learned, direct")]
 #[case(&["--ip-masq", "true"], "--ip-masq=true")]
 #[case(&["--", "x"], "\"x\"")]
 #[case(&["-"], "\"-\"")]
@@ -300,9 +301,6 @@ fn a_refused_variable_is_named_without_its_value() {
 }
 
 #[rstest]
-#[case("--healthz-port=8081", true)]
-#[case("--healthz-port=0", false)]
-#[case("--healthz-ip=127.0.0.1", true)]
 #[case("--iptables-resync=0", true)]
 #[case("--iptables-resync=5", false)]
 #[case("--iptables-forward-rules=false", false)]
@@ -370,4 +368,24 @@ fn help_lists_every_flag_in_groups(#[case] flag: &str) {
 #[case("99999999999999999999", None)]
 fn numbers_are_gos(#[case] text: &str, #[case] value: Option<u64>) {
     assert_eq!(go_flags::integer(text).ok(), value);
+}
+
+#[rstest]
+#[case(&["--healthz-port=8081"], Some(("0.0.0.0", 8081)))]
+#[case(&["--healthz-port=0x50", "-healthz-ip", "127.0.0.1"], Some(("127.0.0.1", 80)))]
+#[case(&["--healthz-ip=", "--healthz-port=1"], Some(("0.0.0.0", 1)))]
+#[case(&["--healthz-ip=127.0.0.1"], None)]
+#[case(&["--healthz-port=0"], None)]
+fn contract_2_health_checks_are_served_where_a_port_is_given(
+    #[case] args: &[&str],
+    #[case] expected: Option<(&str, u16)>,
+) {
+    assert_eq!(parse(args).expect("valid").healthz(), expected);
+}
+
+#[test]
+fn a_health_port_beyond_65535_is_an_error() {
+    let error = parse(&["--healthz-port=65536"]).expect_err("too large");
+    assert_eq!(error.exit_code(), 2);
+    assert!(error.to_string().contains("65536"), "{error}");
 }

@@ -1,5 +1,6 @@
 //! The two datapaths: the kernel's own, always complete, and eBPF above it.
 
+pub mod conntrack;
 pub mod ebpf;
 pub mod kernel_events;
 pub mod netlink;
@@ -7,3 +8,4 @@ pub mod next_hop;
 pub mod node_config;
 pub mod pods;
 pub mod switch;
+pub mod tunnel_mtu;

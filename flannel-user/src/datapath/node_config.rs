@@ -2,7 +2,7 @@
 
 use std::{fs, net::Ipv4Addr};
 
-use flannel_ebpf::layout::{DROP_FORGED, FAST_PATH_DIRECT, NodeConfig};
+use flannel_ebpf::layout::{DROP_FORGED, FAST_PATH_DIRECT, FAST_PATH_LEARNED, NodeConfig};
 
 use crate::{mac::MacAddr, network::FastPath};
 
@@ -48,6 +48,10 @@ impl KernelSettings {
 pub struct NodeFacts {
     /// Interface index of the uplink.
     pub uplink: u32,
+    /// Interface index of the tunnel device.
+    pub tunnel: u32,
+    /// Random, the same while the programs live.
+    pub seed: u32,
     /// VXLAN network identifier.
     pub vni: u32,
     /// UDP port; `None` for the default.
@@ -69,14 +73,14 @@ pub struct NodeFacts {
 #[must_use]
 pub fn compose(facts: &NodeFacts, settings: &KernelSettings) -> NodeConfig {
     let (first, last) = settings.port_range;
-    let direct = if facts.fast_path == FastPath::Direct {
-        FAST_PATH_DIRECT
-    } else {
-        0
+    let fast_path = match facts.fast_path {
+        FastPath::Off => 0,
+        FastPath::Direct => FAST_PATH_DIRECT,
+        FastPath::Learned => FAST_PATH_LEARNED,
     };
     let forged = if facts.drop_forged { DROP_FORGED } else { 0 };
     NodeConfig {
-        flags: direct | forged,
+        flags: fast_path | forged,
         uplink: facts.uplink,
         vni: facts.vni,
         pod_mtu: facts.pod_mtu,
@@ -87,6 +91,8 @@ pub fn compose(facts: &NodeFacts, settings: &KernelSettings) -> NodeConfig {
         source_port_span: last - first,
         outer_ttl: settings.ttl,
         _pad: [0; 3],
+        seed: facts.seed,
+        tunnel: facts.tunnel,
     }
 }
 

@@ -251,8 +251,8 @@ fn every_backend_key_is_read_without_regard_to_case() {
     r#"Backend.DirectRouting is "yes""#
 )]
 #[case(
-    r#"{"Type":"vxlan","FastPath":"learned"}"#,
-    r#"Backend.FastPath is "learned", expected "off" or "direct""#
+    r#"{"Type":"vxlan","FastPath":"lerned"}"#,
+    r#"Backend.FastPath is "lerned", expected "learned", "direct" or "off""#
 )]
 #[case(r#"{"Type":"vxlan","FastPath":true}"#, "Backend.FastPath is true")]
 fn a_refused_backend_names_what_is_wrong(#[case] backend: &str, #[case] says: &str) {

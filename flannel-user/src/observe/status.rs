@@ -55,6 +55,9 @@ pub struct NodeStatus {
     pub public_ip: Ipv4Addr,
     /// Name of the uplink.
     pub uplink: String,
+    /// Why no packet can leave by the uplink, if that is so.
+    #[serde(default)]
+    pub uplink_fault: Option<String>,
     /// Name of the tunnel device.
     pub device: String,
     /// Its MAC address.

@@ -23,6 +23,7 @@ pub fn render(status: &Status, all_counters: bool) -> Result<String, fmt::Error>
         FastPath::Off => {
             "off (programs count, the kernel forwards; switch on with --fast-path direct)"
         }
+        FastPath::Learned => "learned (flows go the way that the kernel has shown)",
         FastPath::Direct => "direct (every packet to a peer's subnet; blind to netfilter rules)",
     };
     writeln!(out, "fast path  {fast_path}")?;
@@ -37,6 +38,9 @@ pub fn render(status: &Status, all_counters: bool) -> Result<String, fmt::Error>
         "device     {} {}, mtu {}",
         node.device, node.vtep_mac, node.mtu
     )?;
+    if let Some(fault) = &node.uplink_fault {
+        writeln!(out, "           WARNING: {fault}")?;
+    }
     let sync = if status.source.in_sync {
         "in sync"
     } else {
@@ -142,6 +146,7 @@ mod tests {
                 network: "10.1.0.0/16".parse().expect("network"),
                 public_ip: [192, 0, 2, 1].into(),
                 uplink: "eth0".to_owned(),
+                uplink_fault: None,
                 device: "flannel.1".to_owned(),
                 vtep_mac: "02:00:00:00:00:01".to_owned(),
                 mtu: 1450,

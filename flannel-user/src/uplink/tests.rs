@@ -18,6 +18,7 @@ fn permanent(text: &str) -> Address {
 fn link(name: &str, addresses: &[Address]) -> Link {
     Link {
         name: name.into(),
+        up: true,
         mtu: 1500,
         mac: MacAddr([2, 0, 0, 0, 0, 1]),
         addresses: addresses.to_vec(),

@@ -19,10 +19,10 @@ use crate::{
     namespace::Namespace,
     task::Task,
     traffic::{
-        connections::{ConnectionsReport, ServeReport as ConnectionsServed},
         flood::{FloodReport, SinkReport},
         latency::Latency,
         request_response::{FirstReport, Protocol, RrReport, ServeReport},
+        short_connections::{ConnectionsReport, ServeReport as ConnectionsServed},
     },
 };
 

@@ -1,38 +1,87 @@
-//! A connection, a request, its response, the end, again: what short
-//! connections cost.
+//! Many TCP connections, each of which ends in a chosen way, data checked.
 //!
-//! The client says that it is done and then waits for the server's end, so that
-//! no socket is closed with a packet still to come: with the few TIME_WAIT
-//! buckets that a long run needs, such a packet would be answered by a reset.
+//! A client worker runs one connection after the other; the server has a
+//! thread for each. The first bytes tell the server what to do ([`Plan`]).
 
 use std::{
-    io::{ErrorKind, Read, Write},
+    io::{self, Read, Write},
     net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream},
-    sync::atomic::Ordering,
+    os::fd::AsRawFd,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
+use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
-use super::{latency::Latency, pin_to, ready, told_to_finish};
+use super::{epoll, pattern, ready, socket, socket::is_timeout, told_to_finish};
 
-/// How long a lost packet is waited for.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Stack of a connection's thread; there may be thousands.
+const STACK: usize = 128 * 1024;
+/// Bytes per system call.
+const PIECE: usize = 16 * 1024;
+/// How far ahead a simultaneous close is arranged.
+const ARRANGED: Duration = Duration::from_millis(4);
+
+/// Who ends a connection, and how.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Ending {
+    /// The client's FIN comes first.
+    ClientFin,
+    /// The server's FIN comes first.
+    ServerFin,
+    /// The client closes with RST (`SO_LINGER` 0).
+    ClientRst,
+    /// The server does.
+    ServerRst,
+    /// The client's FIN, then data from the server, then its FIN.
+    HalfClose,
+    /// Both FINs at the same moment.
+    Simultaneous,
+    /// The client says nothing more and keeps the connection until told.
+    Silent,
+}
+
+impl Ending {
+    /// All whose client ends the connection by itself.
+    pub const ORDERLY: [Self; 6] = [
+        Self::ClientFin,
+        Self::ServerFin,
+        Self::ClientRst,
+        Self::ServerRst,
+        Self::HalfClose,
+        Self::Simultaneous,
+    ];
+
+    /// The word on the command line.
+    #[must_use]
+    pub fn name(self) -> String {
+        let value = clap::ValueEnum::to_possible_value(&self);
+        value.map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
+    fn from_byte(byte: u8) -> Option<Self> {
+        Self::ORDERLY
+            .into_iter()
+            .chain([Self::Silent])
+            .find(|ending| *ending as u8 == byte)
+    }
+}
 
 /// Arguments of the server.
 #[derive(Debug, clap::Args)]
 pub struct ServeArgs {
-    /// Port.
-    #[arg(long)]
+    /// TCP port.
+    #[arg(long, default_value_t = 6200)]
     port: u16,
-    /// Bytes of a request and of a response.
-    #[arg(long, default_value_t = 64)]
-    size: usize,
-    /// Stay on this CPU.
-    #[arg(long)]
-    cpu: Option<usize>,
+    /// Seconds after which a silent client is given up.
+    #[arg(long, default_value_t = 10.0)]
+    patience: f64,
 }
 
 /// Arguments of the client.
@@ -41,109 +90,472 @@ pub struct ClientArgs {
     /// Address and port of the server.
     #[arg(long)]
     to: SocketAddrV4,
-    /// Seconds to measure, after a tenth of it to warm up.
-    #[arg(long, default_value_t = 1.0)]
-    seconds: f64,
-    /// Bytes of a request and of a response.
-    #[arg(long, default_value_t = 64)]
-    size: usize,
-    /// Stay on this CPU.
+    /// Connections in all.
+    #[arg(long, default_value_t = 100)]
+    count: u64,
+    /// How each ends.
+    #[arg(long, value_enum)]
+    ending: Ending,
+    /// How many exist at a time.
+    #[arg(long, default_value_t = 16)]
+    at_once: u64,
+    /// Requests and responses before the end.
+    #[arg(long, default_value_t = 8)]
+    exchanges: u32,
+    /// Bytes of each request.
+    #[arg(long, default_value_t = 512)]
+    size: u32,
+    /// Bytes of each response; as many when missing.
     #[arg(long)]
-    cpu: Option<usize>,
+    response: Option<u32>,
+    /// Seconds of idleness before the last exchange.
+    #[arg(long, default_value_t = 0.0)]
+    idle: f64,
+    /// Seconds that connecting and each answer may take.
+    #[arg(long, default_value_t = 10.0)]
+    patience: f64,
 }
 
-/// What the server saw.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ServeReport {
-    /// Connections served to their end.
-    pub served: u64,
-}
-
-/// What the client measured.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// What became of the connections at one end.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ConnectionsReport {
-    /// Connections in all, warming up included.
-    pub all: u64,
-    /// Connections per second.
-    pub per_second: f64,
-    /// From the first packet of a connection to its end.
-    pub latency: Latency,
+    /// Begun (or accepted).
+    pub begun: u64,
+    /// Could not be established.
+    pub failed: u64,
+    /// Were established.
+    pub established: u64,
+    /// Ended as they were meant to.
+    pub ended: u64,
+    /// Were reset though nobody meant to.
+    pub reset: u64,
+    /// Stood still for longer than the patience.
+    pub timeouts: u64,
+    /// Brought wrong bytes, or ended too early.
+    pub corrupt: u64,
+    /// Bytes received, all of them right unless `corrupt` says otherwise.
+    pub bytes: u64,
+    /// The first thing that went wrong.
+    pub first_error: Option<String>,
+    /// Time of it all.
+    pub seconds: f64,
 }
 
-/// Serves one connection after the other, until told.
-///
-/// # Errors
-/// When a socket fails.
-pub fn serve(args: &ServeArgs) -> Result<ServeReport> {
-    pin_to(args.cpu)?;
-    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, args.port))?;
-    let finish = told_to_finish();
-    ready()?;
-    // Blocks in accept; the one connection made here ends the wait.
-    let waker = SocketAddrV4::new(Ipv4Addr::LOCALHOST, args.port);
-    let watched = finish.clone();
-    thread::spawn(move || {
-        while !watched.load(Ordering::Relaxed) {
-            thread::sleep(Duration::from_millis(10));
-        }
-        drop(TcpStream::connect(waker));
-    });
-    let mut message = vec![0; args.size];
-    let mut served = 0;
-    loop {
-        let (mut connection, _) = listener.accept()?;
-        if finish.load(Ordering::Relaxed) {
-            return Ok(ServeReport { served });
-        }
-        connection.set_read_timeout(Some(PATIENCE))?;
-        connection.read_exact(&mut message)?;
-        connection.write_all(&message)?;
-        ensure!(connection.read(&mut message)? == 0, "more than a request");
-        served += 1;
+impl ConnectionsReport {
+    /// Whatever did not go as meant.
+    #[must_use]
+    pub fn troubles(&self) -> u64 {
+        self.failed + self.reset + self.timeouts + self.corrupt
+    }
+
+    /// Demands that all went as meant.
+    ///
+    /// # Errors
+    /// Says what did not.
+    pub fn check(&self) -> Result<()> {
+        ensure!(
+            self.troubles() == 0 && self.ended == self.established,
+            "not every connection went as meant: {self:?}"
+        );
+        Ok(())
     }
 }
 
-/// Measures.
-///
-/// # Errors
-/// When a connection fails.
-pub fn client(args: &ClientArgs) -> Result<ConnectionsReport> {
-    pin_to(args.cpu)?;
-    ready()?;
-    let mut message = vec![0; args.size];
-    let mut run = |seconds: f64| -> Result<(Vec<u32>, f64)> {
-        let length = Duration::from_secs_f64(seconds);
-        let mut times = Vec::with_capacity((seconds * 60_000.0) as usize);
-        let start = Instant::now();
-        let mut before = start;
-        while before - start < length {
-            connect_and_ask(args.to, &mut message)
-                .with_context(|| format!("connection {} to {}", times.len(), args.to))?;
-            let after = Instant::now();
-            times.push(u32::try_from((after - before).as_nanos()).unwrap_or(u32::MAX));
-            before = after;
-        }
-        Ok((times, (before - start).as_secs_f64()))
-    };
-    let (warm_up, _) = run(args.seconds / 10.0)?;
-    let (times, seconds) = run(args.seconds)?;
-    let measured = times.len();
-    Ok(ConnectionsReport {
-        all: (measured + warm_up.len()) as u64,
-        per_second: measured as f64 / seconds,
-        latency: Latency::of(times).context("no connection was made")?,
-    })
+#[derive(Debug, Clone, Copy)]
+struct Plan {
+    ending: Ending,
+    exchanges: u32,
+    size: u32,
+    response: u32,
+    seed: u64,
 }
 
-fn connect_and_ask(to: SocketAddrV4, message: &mut [u8]) -> Result<()> {
-    let mut connection = TcpStream::connect(to)?;
-    connection.set_read_timeout(Some(PATIENCE))?;
-    connection.write_all(message)?;
-    connection.read_exact(message)?;
+impl Plan {
+    const LENGTH: usize = 21;
+
+    fn encode(self) -> [u8; Self::LENGTH] {
+        let mut bytes = [0; Self::LENGTH];
+        bytes[0] = self.ending as u8;
+        bytes[1..5].copy_from_slice(&self.exchanges.to_le_bytes());
+        bytes[5..9].copy_from_slice(&self.size.to_le_bytes());
+        bytes[9..13].copy_from_slice(&self.response.to_le_bytes());
+        bytes[13..].copy_from_slice(&self.seed.to_le_bytes());
+        bytes
+    }
+
+    fn decode(bytes: [u8; Self::LENGTH]) -> io::Result<Self> {
+        let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four"));
+        Ok(Self {
+            ending: Ending::from_byte(bytes[0]).ok_or_else(|| corrupt("an unknown ending"))?,
+            exchanges: word(1),
+            size: word(5),
+            response: word(9),
+            seed: u64::from_le_bytes(bytes[13..].try_into().expect("eight")),
+        })
+    }
+
+    /// The data of exchange `number`, seen from the client.
+    fn seed_up(self, number: u32) -> u64 {
+        self.seed.wrapping_add(u64::from(number) << 32)
+    }
+
+    fn seed_down(self, number: u32) -> u64 {
+        !self.seed_up(number)
+    }
+}
+
+/// Counters that all threads of one end share.
+#[derive(Debug, Default)]
+struct Tally {
+    begun: AtomicU64,
+    failed: AtomicU64,
+    established: AtomicU64,
+    ended: AtomicU64,
+    reset: AtomicU64,
+    timeouts: AtomicU64,
+    corrupt: AtomicU64,
+    bytes: AtomicU64,
+    first_error: Mutex<Option<String>>,
+}
+
+impl Tally {
+    fn count(place: &AtomicU64) {
+        place.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn note(&self, outcome: io::Result<()>) {
+        let Err(error) = outcome else {
+            Self::count(&self.ended);
+            return;
+        };
+        Self::count(match error.kind() {
+            kind if kind == io::ErrorKind::InvalidData || kind == io::ErrorKind::UnexpectedEof => {
+                &self.corrupt
+            }
+            _ if is_timeout(&error) => &self.timeouts,
+            _ => &self.reset,
+        });
+        self.remember(&error);
+    }
+
+    fn remember(&self, error: &io::Error) {
+        let mut first = self
+            .first_error
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        first.get_or_insert_with(|| error.to_string());
+    }
+
+    fn report(&self, start: Instant) -> ConnectionsReport {
+        let read = |place: &AtomicU64| place.load(Ordering::Relaxed);
+        ConnectionsReport {
+            begun: read(&self.begun),
+            failed: read(&self.failed),
+            established: read(&self.established),
+            ended: read(&self.ended),
+            reset: read(&self.reset),
+            timeouts: read(&self.timeouts),
+            corrupt: read(&self.corrupt),
+            bytes: read(&self.bytes),
+            first_error: self
+                .first_error
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .clone(),
+            seconds: start.elapsed().as_secs_f64(),
+        }
+    }
+}
+
+fn corrupt(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+/// Accepts and does what clients ask, until told.
+///
+/// # Errors
+/// When the listener fails.
+pub fn serve(args: &ServeArgs) -> Result<ConnectionsReport> {
+    epoll::allow_many_sockets()?;
+    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, args.port))?;
+    // The standard library asks for a queue of 128; asking again lengthens it.
+    // SAFETY: no pointer is involved.
+    let result = unsafe { libc::listen(listener.as_raw_fd(), 4096) };
+    ensure!(result == 0, io::Error::last_os_error());
+    listener.set_nonblocking(true)?;
+    let epoll = epoll::Epoll::new()?;
+    epoll.add(&listener, 0)?;
+    let finish = told_to_finish();
+    let (start, patience) = (Instant::now(), Duration::from_secs_f64(args.patience));
+    ready()?;
+    let tally = Arc::new(Tally::default());
+    let mut readable = Vec::new();
+    while !finish.load(Ordering::Relaxed) {
+        epoll.wait(Duration::from_millis(20), &mut readable)?;
+        while let Ok((connection, _)) = listener.accept() {
+            Tally::count(&tally.begun);
+            Tally::count(&tally.established);
+            let tally = Arc::clone(&tally);
+            thread::Builder::new().stack_size(STACK).spawn(move || {
+                tally.note(serve_one(connection, patience, &tally));
+            })?;
+        }
+    }
+    // Those under way have their patience to come to an end.
+    let deadline = Instant::now() + patience;
+    let unfinished = || {
+        let report = tally.report(start);
+        report.established > report.ended + report.troubles()
+    };
+    while unfinished() && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok(tally.report(start))
+}
+
+fn serve_one(mut connection: TcpStream, patience: Duration, tally: &Tally) -> io::Result<()> {
+    connection.set_nonblocking(false)?;
+    connection.set_nodelay(true)?;
+    connection.set_read_timeout(Some(patience))?;
+    connection.set_write_timeout(Some(patience))?;
+    let mut first = [0; Plan::LENGTH];
+    connection.read_exact(&mut first)?;
+    let plan = Plan::decode(first)?;
+    for number in 0..plan.exchanges {
+        receive(&mut connection, plan.seed_up(number), plan.size, tally)?;
+        send(&mut connection, plan.seed_down(number), plan.response)?;
+    }
+    match plan.ending {
+        Ending::ClientFin => expect_end(&mut connection),
+        Ending::ServerFin => {
+            connection.shutdown(Shutdown::Write)?;
+            expect_end(&mut connection)
+        }
+        Ending::ClientRst => match connection.read(&mut [0]) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(()),
+            Err(error) => Err(error),
+            Ok(_) => Err(corrupt("there was to be a reset")),
+        },
+        Ending::ServerRst => close_with_reset(connection),
+        Ending::HalfClose => {
+            expect_end(&mut connection)?;
+            send(
+                &mut connection,
+                plan.seed_down(plan.exchanges),
+                plan.response,
+            )
+        }
+        Ending::Simultaneous => {
+            let at = monotonic()? + ARRANGED;
+            connection.write_all(&(at.as_nanos() as u64).to_le_bytes())?;
+            close_at(&mut connection, at)
+        }
+        Ending::Silent => match connection.read(&mut [0]) {
+            // Given up: our own FIN goes where nobody answers.
+            Err(error) if is_timeout(&error) => Ok(()),
+            Err(error) => Err(error),
+            Ok(_) => Err(corrupt("there was to be silence")),
+        },
+    }
+}
+
+/// Connects `--count` times and ends each connection as told.
+///
+/// # Errors
+/// When threads cannot be started; what becomes of connections is a result.
+pub fn client(args: &ClientArgs) -> Result<ConnectionsReport> {
+    epoll::allow_many_sockets()?;
+    let finish = told_to_finish();
+    let start = Instant::now();
+    ready()?;
+    let tally = Tally::default();
+    let held = Mutex::new(Vec::new());
+    let next = AtomicU64::new(0);
+    thread::scope(|scope| -> Result<()> {
+        for _ in 0..args.at_once.min(args.count) {
+            thread::Builder::new()
+                .stack_size(STACK)
+                .spawn_scoped(scope, || {
+                    while next.fetch_add(1, Ordering::Relaxed) < args.count {
+                        run_one(args, &tally, &held);
+                    }
+                })?;
+        }
+        Ok(())
+    })?;
+    let report = tally.report(start);
+    if args.ending == Ending::Silent {
+        // Says how far it is, then stays: what follows is up to the scenario.
+        println!("{}", serde_json::to_string(&report)?);
+        while !finish.load(Ordering::Relaxed) {
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+    Ok(report)
+}
+
+fn run_one(args: &ClientArgs, tally: &Tally, held: &Mutex<Vec<TcpStream>>) {
+    Tally::count(&tally.begun);
+    let patience = Duration::from_secs_f64(args.patience);
+    let connection = match TcpStream::connect_timeout(&args.to.into(), patience) {
+        Ok(connection) => connection,
+        Err(error) => {
+            Tally::count(&tally.failed);
+            tally.remember(&error);
+            return;
+        }
+    };
+    Tally::count(&tally.established);
+    tally.note(talk(args, connection, tally, held));
+}
+
+fn talk(
+    args: &ClientArgs,
+    mut connection: TcpStream,
+    tally: &Tally,
+    held: &Mutex<Vec<TcpStream>>,
+) -> io::Result<()> {
+    let patience = Duration::from_secs_f64(args.patience);
+    connection.set_nodelay(true)?;
+    connection.set_read_timeout(Some(patience))?;
+    connection.set_write_timeout(Some(patience))?;
+    let port = connection.local_addr()?.port();
+    let plan = Plan {
+        ending: args.ending,
+        exchanges: args.exchanges,
+        size: args.size,
+        response: args.response.unwrap_or(args.size),
+        seed: u64::from(port) << 48 | u64::from(std::process::id()),
+    };
+    connection.write_all(&plan.encode())?;
+    for number in 0..plan.exchanges {
+        if number + 1 == plan.exchanges {
+            thread::sleep(Duration::from_secs_f64(args.idle));
+        }
+        send(&mut connection, plan.seed_up(number), plan.size)?;
+        receive(
+            &mut connection,
+            plan.seed_down(number),
+            plan.response,
+            tally,
+        )?;
+    }
+    match plan.ending {
+        Ending::ClientFin => {
+            connection.shutdown(Shutdown::Write)?;
+            expect_end(&mut connection)
+        }
+        Ending::ServerFin => expect_end(&mut connection),
+        Ending::ClientRst => close_with_reset(connection),
+        Ending::ServerRst => match connection.read(&mut [0]) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(()),
+            Err(error) => Err(error),
+            Ok(_) => Err(corrupt("there was to be a reset")),
+        },
+        Ending::HalfClose => {
+            connection.shutdown(Shutdown::Write)?;
+            let seed = plan.seed_down(plan.exchanges);
+            receive(&mut connection, seed, plan.response, tally)?;
+            expect_end(&mut connection)
+        }
+        Ending::Simultaneous => {
+            let mut at = [0; 8];
+            connection.read_exact(&mut at)?;
+            close_at(
+                &mut connection,
+                Duration::from_nanos(u64::from_le_bytes(at)),
+            )
+        }
+        Ending::Silent => {
+            held.lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .push(connection);
+            Ok(())
+        }
+    }
+}
+
+fn send(connection: &mut TcpStream, seed: u64, size: u32) -> io::Result<()> {
+    let size = size as usize;
+    let mut piece = vec![0; PIECE.min(size.next_multiple_of(8))];
+    let mut done = 0;
+    while done < size {
+        let length = piece.len().min(size - done);
+        pattern::fill(&mut piece[..length], seed, done as u64);
+        connection.write_all(&piece[..length])?;
+        done += length;
+    }
+    Ok(())
+}
+
+fn receive(connection: &mut TcpStream, seed: u64, size: u32, tally: &Tally) -> io::Result<()> {
+    let size = size as usize;
+    let mut piece = vec![0; PIECE.min(size)];
+    let mut wanted = vec![0; PIECE];
+    let mut done = 0;
+    while done < size {
+        let length = piece.len().min(size - done);
+        connection.read_exact(&mut piece[..length])?;
+        pattern::fill(&mut wanted[..length], seed, done as u64);
+        if piece[..length] != wanted[..length] {
+            return Err(corrupt("wrong data"));
+        }
+        done += length;
+    }
+    tally.bytes.fetch_add(size as u64, Ordering::Relaxed);
+    Ok(())
+}
+
+fn expect_end(connection: &mut TcpStream) -> io::Result<()> {
+    match connection.read(&mut [0])? {
+        0 => Ok(()),
+        _ => Err(corrupt("more data than was sent")),
+    }
+}
+
+fn close_with_reset(connection: TcpStream) -> io::Result<()> {
+    let linger = libc::linger {
+        l_onoff: 1,
+        l_linger: 0,
+    };
+    let mut bytes = [0; 8];
+    bytes[..4].copy_from_slice(&linger.l_onoff.to_ne_bytes());
+    bytes[4..].copy_from_slice(&linger.l_linger.to_ne_bytes());
+    socket::set_bytes(&connection, libc::SOL_SOCKET, libc::SO_LINGER, &bytes)?;
+    drop(connection);
+    Ok(())
+}
+
+fn close_at(connection: &mut TcpStream, at: Duration) -> io::Result<()> {
+    thread::sleep(at.saturating_sub(monotonic()?));
     connection.shutdown(Shutdown::Write)?;
-    match connection.read(message) {
-        Ok(0) => Ok(()),
-        Ok(_) => Err(std::io::Error::from(ErrorKind::InvalidData).into()),
-        Err(error) => Err(error.into()),
+    expect_end(connection)
+}
+
+/// The clock that all namespaces of this machine share.
+fn monotonic() -> io::Result<Duration> {
+    Ok(Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plan_survives_the_wire() {
+        for ending in Ending::ORDERLY {
+            let plan = Plan {
+                ending,
+                exchanges: 7,
+                size: 70_000,
+                response: 3,
+                seed: 1 << 60,
+            };
+            let read = Plan::decode(plan.encode()).expect("a plan");
+            assert_eq!(read.ending, ending);
+            assert_eq!((read.exchanges, read.size), (7, 70_000));
+            assert_eq!((read.response, read.seed), (3, 1 << 60));
+        }
+        assert!(Plan::decode([99; Plan::LENGTH]).is_err());
     }
 }

@@ -6,14 +6,19 @@
 
 pub mod connections;
 pub mod datagrams;
+pub mod epoll;
 pub mod flood;
 pub mod flows;
 pub mod forged;
 pub mod latency;
+pub mod many_flows;
 pub mod pattern;
 pub mod pinger;
+pub mod queue;
+pub mod raw_udp;
 pub mod request_response;
 pub mod route;
+pub mod short_connections;
 pub mod socket;
 pub mod stream;
 
@@ -51,9 +56,9 @@ pub enum Tool {
     /// Ask once in every new UDP flow, on one CPU.
     RrFirst(request_response::FirstArgs),
     /// Serve short connections on one CPU, until told.
-    CrrServe(connections::ServeArgs),
+    CrrServe(short_connections::ServeArgs),
     /// Count short connections on one CPU.
-    Crr(connections::ClientArgs),
+    Crr(short_connections::ClientArgs),
     /// Answer on many ports on one CPU, until told.
     FlowsServe(flows::ServeArgs),
     /// Ask once in each of many UDP flows in turn, on one CPU.
@@ -66,6 +71,18 @@ pub enum Tool {
     Route(route::RouteArgs),
     /// Send VXLAN packets made by hand.
     Forge(forged::ForgeArgs),
+    /// Send UDP packets whose headers are made by hand.
+    RawUdp(raw_udp::RawArgs),
+    /// Accept TCP connections and end each as its client asks, until told.
+    ConnectionsServe(connections::ServeArgs),
+    /// Make TCP connections that end in a chosen way.
+    Connections(connections::ClientArgs),
+    /// Take packets from an NFQUEUE rule and let them go on, until told.
+    Queue(queue::QueueArgs),
+    /// Answer many flows at once, until told.
+    ManyServe(many_flows::ServeArgs),
+    /// Many request/response flows at once.
+    Many(many_flows::ClientArgs),
 }
 
 impl Tool {
@@ -84,14 +101,20 @@ impl Tool {
             Self::RrServe(args) => report(&request_response::serve(args)?),
             Self::Rr(args) => report(&request_response::client(args)?),
             Self::RrFirst(args) => report(&request_response::first(args)?),
-            Self::CrrServe(args) => report(&connections::serve(args)?),
-            Self::Crr(args) => report(&connections::client(args)?),
+            Self::CrrServe(args) => report(&short_connections::serve(args)?),
+            Self::Crr(args) => report(&short_connections::client(args)?),
             Self::FlowsServe(args) => report(&flows::serve(args)?),
             Self::Flows(args) => report(&flows::client(args)?),
             Self::UdpSink(args) => report(&flood::sink(args)?),
             Self::UdpFlood(args) => report(&flood::flood(args)?),
             Self::Route(args) => report(&route::find(args)?),
             Self::Forge(args) => report(&forged::send(args)?),
+            Self::RawUdp(args) => report(&raw_udp::send(args)?),
+            Self::ConnectionsServe(args) => report(&connections::serve(args)?),
+            Self::Connections(args) => report(&connections::client(args)?),
+            Self::Queue(args) => report(&queue::pass_on(args)?),
+            Self::ManyServe(args) => report(&many_flows::serve(args)?),
+            Self::Many(args) => report(&many_flows::client(args)?),
         }
     }
 }

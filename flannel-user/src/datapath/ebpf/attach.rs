@@ -24,7 +24,9 @@ use aya::{
     },
     util::KernelVersion,
 };
-use flannel_ebpf::layout::{FROM_POD, FROM_UPLINK};
+use flannel_ebpf::layout::{
+    FAST_PATH_LEARNED, FROM_POD, FROM_TUNNEL, FROM_UPLINK, TO_POD, TO_UPLINK,
+};
 use tracing::{debug, info, warn};
 
 use super::{EbpfError, SyncReport, Wanted, object::Programs, pins::PinDir};
@@ -43,30 +45,67 @@ pub enum TcAttach {
 /// Filters with a lower number run first: whatever else is there has its say before us.
 const CLSACT_PRIORITY: u16 = 0xc000;
 
+/// Where a program hooks in; those that only watch come first when attaching and last when
+/// detaching, so that whoever acts is always watched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Hook {
+    ToUplink,
+    FromTunnel,
+    ToPod,
+    FromUplink,
+    FromPod,
+}
+
+impl Hook {
+    const fn program(self) -> &'static str {
+        match self {
+            Self::ToUplink => TO_UPLINK,
+            Self::FromTunnel => FROM_TUNNEL,
+            Self::ToPod => TO_POD,
+            Self::FromUplink => FROM_UPLINK,
+            Self::FromPod => FROM_POD,
+        }
+    }
+
+    const fn attach_type(self) -> TcAttachType {
+        match self {
+            Self::ToUplink | Self::ToPod => TcAttachType::Egress,
+            _ => TcAttachType::Ingress,
+        }
+    }
+
+    /// Beginning of the link's pin.
+    const fn pin(self) -> &'static str {
+        match self {
+            Self::ToUplink => "uplink_egress",
+            Self::FromTunnel => "tunnel",
+            Self::ToPod => "pod_egress",
+            Self::FromUplink => "uplink",
+            Self::FromPod => "pod",
+        }
+    }
+}
+
 /// One place for one program.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Place {
-    program: &'static str,
-    interface: String,
+    hook: Hook,
+    ifindex: u32,
 }
 
 impl Place {
     /// Name of the link's pin: stable over all layouts.
-    fn pin_name(&self, ifindex: u32) -> String {
-        let kind = if self.program == FROM_UPLINK {
-            "uplink"
-        } else {
-            "pod"
-        };
-        format!("{kind}_{ifindex}")
+    fn pin_name(self) -> String {
+        format!("{}_{}", self.hook.pin(), self.ifindex)
     }
 }
 
-/// Everything attached by this agent, by interface index.
+/// Everything attached by this agent.
 pub(super) struct Attachments {
     tcx: bool,
     handle: TcHandle,
-    placed: BTreeMap<u32, Place>,
+    /// With the name of each interface.
+    placed: BTreeMap<Place, String>,
     /// Leftovers of earlier agents have been looked for.
     swept: bool,
 }
@@ -90,7 +129,10 @@ impl Attachments {
     }
 
     pub(super) fn is_attached(&self, ifindex: u32) -> bool {
-        self.placed.contains_key(&ifindex)
+        self.placed.contains_key(&Place {
+            hook: Hook::FromPod,
+            ifindex,
+        })
     }
 
     /// Attaches what is missing, then detaches what is not wanted. A `thorough`
@@ -102,80 +144,51 @@ impl Attachments {
         wanted: &Wanted,
         thorough: bool,
     ) -> SyncReport {
-        let mut places: BTreeMap<u32, Place> = wanted
-            .pods
-            .iter()
-            .map(|pod| {
-                (
-                    pod.ifindex,
-                    Place {
-                        program: FROM_POD,
-                        interface: pod.interface.clone(),
-                    },
-                )
-            })
-            .collect();
-        places.insert(
-            wanted.node.uplink,
-            Place {
-                program: FROM_UPLINK,
-                interface: wanted.uplink.clone(),
-            },
-        );
-
+        let places = places(wanted);
         let mut report = SyncReport::default();
-        for (ifindex, place) in &places {
+        for (place, interface) in &places {
+            let program = place.hook.program();
             // A renamed interface keeps its program.
-            let known = self
-                .placed
-                .get(ifindex)
-                .is_some_and(|placed| placed.program == place.program);
-            if known {
+            if self.placed.contains_key(place) {
                 if thorough {
-                    match self.restore(programs, pins, *ifindex, place) {
+                    match self.restore(programs, pins, *place, interface) {
                         Ok(false) => {}
                         Ok(true) => {
                             warn!(
-                                program = place.program,
-                                interface = place.interface,
-                                "something had detached the program: attached again"
+                                program,
+                                interface, "something had detached the program: attached again"
                             );
                             report.attached += 1;
                         }
                         // The interface is on its way out; its event follows.
-                        Err(error) => {
-                            debug!(interface = place.interface, %error, "cannot check the program")
-                        }
+                        Err(error) => debug!(interface, %error, "cannot check the program"),
                     }
                 }
                 continue;
             }
-            match self.attach(programs, pins, *ifindex, place) {
+            match self.attach(programs, pins, *place, interface) {
                 Ok(()) => {
-                    debug!(
-                        program = place.program,
-                        interface = place.interface,
-                        "program attached"
-                    );
-                    self.placed.insert(*ifindex, place.clone());
+                    debug!(program, interface, "program attached");
+                    self.placed.insert(*place, interface.clone());
                     report.attached += 1;
                 }
                 Err(source) => report.failures.push(EbpfError::Attach {
-                    program: place.program,
-                    interface: place.interface.clone(),
+                    program,
+                    interface: interface.clone(),
                     source,
                 }),
             }
         }
-        let stale: Vec<u32> = self
+        let stale: Vec<Place> = self
             .placed
             .keys()
-            .filter(|index| !places.contains_key(index))
+            .rev()
+            .filter(|place| !places.contains_key(place))
             .copied()
             .collect();
-        for ifindex in stale {
-            if let Some(place) = self.placed.remove(&ifindex) {
-                self.detach(pins, ifindex, &place);
+        for place in stale {
+            if let Some(interface) = self.placed.remove(&place) {
+                self.detach(pins, place, &interface);
             }
         }
         if !self.swept {
@@ -189,15 +202,16 @@ impl Attachments {
         &self,
         programs: &mut Programs,
         pins: &PinDir,
-        ifindex: u32,
-        place: &Place,
+        place: Place,
+        interface: &str,
     ) -> anyhow::Result<()> {
-        let program = programs.classifier(place.program)?;
-        pin_program(program, &pins.programs().join(place.program));
+        let name = place.hook.program();
+        let program = programs.classifier(name)?;
+        pin_program(program, &pins.programs().join(name));
         if self.tcx {
-            attach_tcx(program, pins, ifindex, place)
+            attach_tcx(program, pins, place, interface)
         } else {
-            self.attach_clsact(program, &place.interface)
+            self.attach_clsact(program, place.hook, interface)
         }
     }
 
@@ -206,19 +220,19 @@ impl Attachments {
         &self,
         programs: &mut Programs,
         pins: &PinDir,
-        ifindex: u32,
-        place: &Place,
+        place: Place,
+        interface: &str,
     ) -> anyhow::Result<bool> {
-        let program = programs.classifier(place.program)?;
+        let program = programs.classifier(place.hook.program())?;
         if self.tcx {
             // The kernel refuses one program twice on one hook.
-            let Ok(link) = fresh_tcx(program, &place.interface) else {
+            let Ok(link) = fresh_tcx(program, place.hook, interface) else {
                 return Ok(false);
             };
-            pin_link(link, &pins.links().join(place.pin_name(ifindex)))?;
+            pin_link(link, &pins.links().join(place.pin_name()))?;
             return Ok(true);
         }
-        let Ok(id) = self.fresh_clsact(program, &place.interface) else {
+        let Ok(id) = self.fresh_clsact(program, place.hook, interface) else {
             return Ok(false);
         };
         keep_filter(program, id)?;
@@ -228,6 +242,7 @@ impl Attachments {
     fn fresh_clsact(
         &self,
         program: &mut SchedClassifier,
+        hook: Hook,
         interface: &str,
     ) -> Result<SchedClassifierLinkId, ProgramError> {
         // Present already is fine: it may be ours or anybody's.
@@ -241,49 +256,51 @@ impl Attachments {
         };
         program.attach_with_options(
             interface,
-            TcAttachType::Ingress,
+            hook.attach_type(),
             TcAttachOptions::Netlink(options),
         )
     }
 
-    fn attach_clsact(&self, program: &mut SchedClassifier, interface: &str) -> anyhow::Result<()> {
-        let id = match self.fresh_clsact(program, interface) {
+    fn attach_clsact(
+        &self,
+        program: &mut SchedClassifier,
+        hook: Hook,
+        interface: &str,
+    ) -> anyhow::Result<()> {
+        let id = match self.fresh_clsact(program, hook, interface) {
             Ok(id) => id,
             // A filter with our priority and handle is there: swap its program.
             Err(error) => program
-                .attach_to_link(self.clsact_link(interface)?)
+                .attach_to_link(self.clsact_link(hook.attach_type(), interface)?)
                 .with_context(|| format!("adding a filter failed before: {error}"))?,
         };
         keep_filter(program, id)
     }
 
-    fn clsact_link(&self, interface: &str) -> anyhow::Result<SchedClassifierLink> {
-        SchedClassifierLink::attached(
-            interface,
-            TcAttachType::Ingress,
-            CLSACT_PRIORITY,
-            self.handle,
-            None,
-        )
-        .with_context(|| format!("interface {interface}"))
+    fn clsact_link(
+        &self,
+        attach_type: TcAttachType,
+        interface: &str,
+    ) -> anyhow::Result<SchedClassifierLink> {
+        SchedClassifierLink::attached(interface, attach_type, CLSACT_PRIORITY, self.handle, None)
+            .with_context(|| format!("interface {interface}"))
     }
 
-    fn detach(&self, pins: &PinDir, ifindex: u32, place: &Place) {
+    fn detach(&self, pins: &PinDir, place: Place, interface: &str) {
         if self.tcx {
-            let _ = fs::remove_file(pins.links().join(place.pin_name(ifindex)));
+            let _ = fs::remove_file(pins.links().join(place.pin_name()));
         } else {
-            self.detach_clsact(&place.interface);
+            self.detach_clsact(place.hook.attach_type(), interface);
         }
         debug!(
-            program = place.program,
-            interface = place.interface,
-            "program detached"
+            program = place.hook.program(),
+            interface, "program detached"
         );
     }
 
     /// Removes our filter; an interface that is gone took it along.
-    fn detach_clsact(&self, interface: &str) {
-        if let Ok(link) = self.clsact_link(interface) {
+    fn detach_clsact(&self, attach_type: TcAttachType, interface: &str) {
+        if let Ok(link) = self.clsact_link(attach_type, interface) {
             let removed = aya::programs::links::Link::detach(link);
             debug!(interface, ok = removed.is_ok(), "clsact filter removed");
         }
@@ -299,20 +316,21 @@ impl Attachments {
                 && self
                     .placed
                     .iter()
-                    .any(|(ifindex, place)| path.ends_with(place.pin_name(*ifindex)));
+                    .any(|(place, _)| path.ends_with(place.pin_name()));
             if !wanted {
                 info!(link = %path.display(), "a link of an earlier agent is not wanted any more");
                 let _ = fs::remove_file(&path);
             }
         }
         for interface in interfaces() {
-            let wanted = !self.tcx
-                && self
-                    .placed
-                    .values()
-                    .any(|place| place.interface == interface);
-            if !wanted {
-                self.detach_clsact(&interface);
+            for attach_type in SIDES {
+                let wanted = !self.tcx
+                    && self.placed.iter().any(|(place, name)| {
+                        *name == interface && place.hook.attach_type() == attach_type
+                    });
+                if !wanted {
+                    self.detach_clsact(attach_type, &interface);
+                }
             }
         }
     }
@@ -325,9 +343,35 @@ impl Attachments {
             }
         }
         for interface in interfaces() {
-            self.detach_clsact(&interface);
+            for attach_type in SIDES {
+                self.detach_clsact(attach_type, &interface);
+            }
         }
     }
+}
+
+/// Both sides of an interface.
+const SIDES: [TcAttachType; 2] = [TcAttachType::Ingress, TcAttachType::Egress];
+
+/// Every place that wants a program, with the name of its interface.
+fn places(wanted: &Wanted) -> BTreeMap<Place, String> {
+    let mut places = BTreeMap::new();
+    let mut add = |hook, ifindex, interface: &str| {
+        places.insert(Place { hook, ifindex }, interface.to_owned());
+    };
+    let learned = wanted.node.flags & FAST_PATH_LEARNED != 0;
+    for pod in &wanted.pods {
+        add(Hook::FromPod, pod.ifindex, &pod.interface);
+        if learned {
+            add(Hook::ToPod, pod.ifindex, &pod.interface);
+        }
+    }
+    add(Hook::FromUplink, wanted.node.uplink, &wanted.uplink);
+    if learned {
+        add(Hook::ToUplink, wanted.node.uplink, &wanted.uplink);
+        add(Hook::FromTunnel, wanted.node.tunnel, &wanted.tunnel);
+    }
+    places
 }
 
 /// Every pinned link of this network.
@@ -362,10 +406,10 @@ fn interfaces() -> Vec<String> {
 fn attach_tcx(
     program: &mut SchedClassifier,
     pins: &PinDir,
-    ifindex: u32,
-    place: &Place,
+    place: Place,
+    interface: &str,
 ) -> anyhow::Result<()> {
-    let name = place.pin_name(ifindex);
+    let name = place.pin_name();
     let target = pins.links().join(&name);
     for found in pins
         .all_links()
@@ -393,14 +437,14 @@ fn attach_tcx(
             }
         }
     }
-    pin_link(fresh_tcx(program, &place.interface)?, &target)
+    pin_link(fresh_tcx(program, place.hook, interface)?, &target)
 }
 
 /// A link of its own, behind all others on the hook.
-fn fresh_tcx(program: &mut SchedClassifier, interface: &str) -> anyhow::Result<FdLink> {
+fn fresh_tcx(program: &mut SchedClassifier, hook: Hook, interface: &str) -> anyhow::Result<FdLink> {
     let id = program.attach_with_options(
         interface,
-        TcAttachType::Ingress,
+        hook.attach_type(),
         TcAttachOptions::TcxOrder(LinkOrder::last()),
     )?;
     Ok(program.take_link(id)?.try_into()?)

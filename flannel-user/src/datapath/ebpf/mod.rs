@@ -16,22 +16,30 @@
 //! then swaps, so packets never meet an empty table.
 
 mod attach;
+pub mod epoch;
+pub mod invalidation;
 mod object;
 mod pins;
 mod tables;
 mod trace;
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use flannel_ebpf::{
-    layout::{LocalPod, NodeConfig, RemoteSubnet, Tally},
+    layout::{FAST_PATH_LEARNED, LocalPod, NodeConfig, RemoteSubnet, Tally},
     reason::Reason,
 };
 use ipnet::Ipv4Net;
 
-use self::{attach::Attachments, pins::PinDir, tables::MapTables};
+use self::{
+    attach::Attachments,
+    epoch::Generation,
+    invalidation::{Bypass, Invalidation},
+    pins::PinDir,
+    tables::MapTables,
+};
 pub use self::{attach::TcAttach, object::Programs, tables::Addresses};
-use super::pods::Pod;
+use super::{conntrack::Conntrack, pods::Pod};
 
 /// Why the eBPF datapath could not be opened or brought up to date.
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +86,13 @@ pub enum EbpfError {
         #[source]
         source: aya::maps::MapError,
     },
+    /// What changes verdicts could not be watched.
+    #[error("cannot watch what changes verdicts")]
+    Watch {
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
     /// A program could not be attached.
     #[error("cannot attach {program} to {interface}")]
     Attach {
@@ -100,6 +115,12 @@ pub struct EbpfOptions {
     pub vni: u32,
     /// How programs are attached.
     pub attach: TcAttach,
+    /// Flows of each direction that the tables hold.
+    pub flows: u32,
+    /// How long a confirmed verdict holds while flows are few.
+    pub validity: Duration,
+    /// File that remembers conntrack's settings as they were found.
+    pub conntrack_memory: PathBuf,
     /// Version of the map layout; anything but
     /// [`flannel_ebpf::layout::LAYOUT_VERSION`] is for tests of an upgrade.
     pub layout_version: u32,
@@ -112,6 +133,8 @@ pub struct Wanted {
     pub node: NodeConfig,
     /// Name of the uplink; its index is in `node`.
     pub uplink: String,
+    /// Name of the tunnel device; its index is in `node`.
+    pub tunnel: String,
     /// Peers by pod subnet.
     pub remotes: BTreeMap<Ipv4Net, RemoteSubnet>,
     /// Pods of this node.
@@ -132,6 +155,10 @@ pub struct EbpfDatapath {
     programs: Programs,
     tables: MapTables,
     attachments: Attachments,
+    generation: Generation,
+    /// While ways are learned.
+    invalidation: Option<Invalidation>,
+    options: EbpfOptions,
     pins: PinDir,
     _trace: Option<trace::Trace>,
 }
@@ -144,14 +171,19 @@ impl EbpfDatapath {
     /// The kernel cannot run the programs, or the BPF file system is not usable.
     pub fn open(options: &EbpfOptions) -> Result<Self, EbpfError> {
         let pins = PinDir::prepare(options)?;
-        let mut programs = Programs::load(Some(&pins.maps()))?;
+        let mut programs = Programs::load(Some(&pins.maps()), options.flows)?;
         let trace = trace::follow(&mut programs);
         let tables = MapTables::open(&mut programs)?;
+        let jiffies = programs.jiffies()?;
+        let generation = Generation::open(&pins.maps(), jiffies, options.validity)?;
         let attachments = Attachments::new(options.attach, options.vni);
         Ok(Self {
             programs,
             tables,
             attachments,
+            generation,
+            invalidation: None,
+            options: options.clone(),
             pins,
             _trace: trace,
         })
@@ -170,7 +202,23 @@ impl EbpfDatapath {
             .iter()
             .map(|pod| (pod.address.octets(), local_pod(pod)))
             .collect();
-        self.tables.fill(&wanted.node, &wanted.remotes, &pods)?;
+        if thorough {
+            let jiffies = self.programs.jiffies()?;
+            self.generation.set_clock(jiffies);
+        }
+        // Before anything may bypass the stack, the stack is made ready and watched.
+        if wanted.node.flags & FAST_PATH_LEARNED == 0 {
+            self.invalidation = None;
+        } else if self.invalidation.is_none() {
+            self.invalidation = Some(Invalidation::start(
+                &self.pins.maps(),
+                self.generation.clone(),
+                Conntrack::new(self.options.conntrack_memory.clone()),
+                self.options.validity,
+            )?);
+        }
+        self.tables
+            .fill(&wanted.node, &wanted.remotes, &pods, &self.generation)?;
         let report = self
             .attachments
             .sync(&mut self.programs, &self.pins, wanted, thorough);
@@ -184,6 +232,12 @@ impl EbpfDatapath {
     #[must_use]
     pub fn is_attached(&self, ifindex: u32) -> bool {
         self.attachments.is_attached(ifindex)
+    }
+
+    /// How the bypass of learned flows fares; `None` where nothing is learned.
+    #[must_use]
+    pub fn bypass(&self) -> Option<Bypass> {
+        self.invalidation.as_ref().map(Invalidation::state)
     }
 
     /// Sums every outcome over all CPUs, in order of its index.
@@ -204,9 +258,15 @@ impl EbpfDatapath {
             programs,
             tables,
             attachments,
+            generation,
+            invalidation,
+            options: _,
             pins,
             _trace,
         } = self;
+        // Nothing bypasses the stack any more while the programs go one by one.
+        generation.allow(false, false);
+        drop(invalidation);
         attachments.detach_all(&pins);
         drop((programs, tables));
         pins.remove_all()
@@ -231,5 +291,6 @@ fn local_pod(pod: &Pod) -> LocalPod {
         mtu: pod.mtu,
         mac: pod.mac.0,
         gateway_mac: pod.gateway_mac.0,
+        flags: 0,
     }
 }

@@ -5,15 +5,20 @@ use std::{
     path::Path,
 };
 
-use aya::{Ebpf, EbpfLoader, programs::SchedClassifier};
-use flannel_ebpf::layout::{FROM_POD, FROM_UPLINK};
+use aya::{
+    Ebpf, EbpfLoader,
+    programs::{SchedClassifier, TestRun as _, TestRunOptions},
+};
+use flannel_ebpf::layout::{
+    CLOCK, FLOWS_IN, FLOWS_OUT, FROM_POD, FROM_TUNNEL, FROM_UPLINK, TO_POD, TO_UPLINK,
+};
 
 use super::EbpfError;
 
 /// What `cargo xtask build-ebpf` made; the build script puts it there.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/flannel.o"));
 
-/// Both programs, loaded, with their maps.
+/// All programs, loaded, with their maps.
 pub struct Programs {
     ebpf: Ebpf,
 }
@@ -29,8 +34,8 @@ pub(super) struct MapShape {
     pub(super) flags: u32,
 }
 
-/// Every map of the object, in order of its name.
-pub(super) fn map_shapes() -> Result<Vec<MapShape>, EbpfError> {
+/// Every map of the object, in order of its name; the flow tables with room for `flows`.
+pub(super) fn map_shapes(flows: u32) -> Result<Vec<MapShape>, EbpfError> {
     let object = aya_obj::Object::parse(OBJECT).map_err(aya::EbpfError::from)?;
     let mut shapes: Vec<MapShape> = object
         .maps
@@ -40,7 +45,11 @@ pub(super) fn map_shapes() -> Result<Vec<MapShape>, EbpfError> {
             map_type: map.map_type(),
             key_size: map.key_size(),
             value_size: map.value_size(),
-            max_entries: map.max_entries(),
+            max_entries: if [FLOWS_OUT, FLOWS_IN].contains(&name.as_str()) {
+                flows
+            } else {
+                map.max_entries()
+            },
             flags: map.map_flags(),
         })
         .collect();
@@ -58,13 +67,19 @@ pub(super) fn fingerprint(shapes: &[MapShape]) -> u32 {
 
 impl Programs {
     /// Loads the object into the kernel; with `maps` every map is pinned there
-    /// or taken over from there.
+    /// or taken over from there. `flows` is the size of each flow table.
     ///
     /// # Errors
     /// The kernel refused a map or a program.
-    pub fn load(maps: Option<&Path>) -> Result<Self, EbpfError> {
+    pub fn load(maps: Option<&Path>, flows: u32) -> Result<Self, EbpfError> {
         let mut loader = EbpfLoader::new();
-        let names: Vec<String> = map_shapes()?.into_iter().map(|shape| shape.name).collect();
+        for name in [FLOWS_OUT, FLOWS_IN] {
+            loader.map_max_entries(name, flows);
+        }
+        let names: Vec<String> = map_shapes(flows)?
+            .into_iter()
+            .map(|shape| shape.name)
+            .collect();
         if let Some(directory) = maps {
             for name in &names {
                 loader.map_pin_path(name, directory.join(name));
@@ -73,7 +88,7 @@ impl Programs {
         let mut programs = Self {
             ebpf: loader.load(OBJECT)?,
         };
-        for name in [FROM_POD, FROM_UPLINK] {
+        for name in [FROM_POD, FROM_UPLINK, TO_UPLINK, FROM_TUNNEL, TO_POD, CLOCK] {
             programs
                 .classifier(name)?
                 .load()
@@ -99,6 +114,25 @@ impl Programs {
             })
     }
 
+    /// The low 32 bits of the kernel's jiffies, as the programs read them.
+    ///
+    /// # Errors
+    /// The kernel refused to run the program.
+    pub fn jiffies(&mut self) -> Result<u32, EbpfError> {
+        // The smallest frame that test_run takes.
+        let frame = [0; 34];
+        let result = self.classifier(CLOCK)?.test_run(TestRunOptions {
+            data_in: Some(&frame),
+            ..TestRunOptions::default()
+        });
+        result
+            .map(|run| run.return_value)
+            .map_err(|source| EbpfError::Program {
+                program: CLOCK,
+                source,
+            })
+    }
+
     /// Hands a map out of the object; it stays loaded as long as the answer or a pin lives.
     pub(super) fn take_map(&mut self, name: &'static str) -> Result<aya::maps::Map, EbpfError> {
         self.ebpf.take_map(name).ok_or_else(|| EbpfError::Missing {
@@ -115,12 +149,14 @@ impl Programs {
 
 #[cfg(test)]
 mod tests {
+    use flannel_ebpf::layout::DEFAULT_FLOWS;
+
     use super::*;
 
     #[test]
     fn the_object_holds_every_map_of_the_layout() {
         use flannel_ebpf::layout::{COUNTERS, IDENT, LOCAL_PODS, NODE, PEER_NODES, REMOTE_SUBNETS};
-        let shapes = map_shapes().expect("the embedded object parses");
+        let shapes = map_shapes(DEFAULT_FLOWS).expect("the embedded object parses");
         for name in [
             COUNTERS,
             IDENT,
@@ -138,7 +174,7 @@ mod tests {
 
     #[test]
     fn any_change_of_shape_changes_the_fingerprint() {
-        let shapes = map_shapes().expect("the embedded object parses");
+        let shapes = map_shapes(DEFAULT_FLOWS).expect("the embedded object parses");
         let mut other = shapes.clone();
         other[0].value_size += 1;
         assert_ne!(fingerprint(&shapes), fingerprint(&other));

@@ -41,7 +41,7 @@ impl PinDir {
 
     /// Makes the directories, and sets aside maps there that are not what they should be.
     pub(super) fn prepare(options: &EbpfOptions) -> Result<Self, EbpfError> {
-        let shapes = map_shapes()?;
+        let shapes = map_shapes(options.flows)?;
         let pins = Self::locate(options, &shapes);
         for part in [pins.maps(), pins.programs(), pins.links()] {
             fs::create_dir_all(&part).map_err(io_error("create", &part))?;
@@ -58,7 +58,7 @@ impl PinDir {
 
     /// The directory if an agent of this network has been here.
     pub(super) fn existing(options: &EbpfOptions) -> Option<Self> {
-        let pins = Self::locate(options, &map_shapes().unwrap_or_default());
+        let pins = Self::locate(options, &map_shapes(options.flows).unwrap_or_default());
         pins.network.exists().then_some(pins)
     }
 

@@ -19,7 +19,7 @@ use flannel_ebpf::{
 };
 use ipnet::Ipv4Net;
 
-use super::{EbpfError, object::Programs};
+use super::{EbpfError, epoch::Generation, object::Programs};
 
 /// Addresses in network order, as map keys.
 pub type Addresses<V> = BTreeMap<[u8; 4], V>;
@@ -80,6 +80,24 @@ impl<M: Keyed<K, V>, K: Ord + Clone, V: PartialEq + Clone> Mirror<M, K, V> {
             source,
         })?;
         Ok(Self { name, map, held })
+    }
+
+    /// Keys whose entry will go or be another.
+    fn changes(&self, wanted: &BTreeMap<K, V>) -> Vec<K> {
+        self.held
+            .iter()
+            .filter(|(key, held)| wanted.get(*key) != Some(*held))
+            .map(|(key, _)| key.clone())
+            .collect()
+    }
+
+    /// Values that will go or be replaced.
+    fn changed_values(&self, wanted: &BTreeMap<K, V>) -> Vec<V> {
+        self.held
+            .iter()
+            .filter(|(key, held)| wanted.get(*key) != Some(*held))
+            .map(|(_, held)| held.clone())
+            .collect()
     }
 
     /// Writes every entry that is new or different.
@@ -167,7 +185,10 @@ impl MapTables {
         node: &NodeConfig,
         remotes: &BTreeMap<Ipv4Net, RemoteSubnet>,
         pods: &Addresses<LocalPod>,
+        generation: &Generation,
     ) -> Result<(), EbpfError> {
+        let changed_pods = self.pods.changes(pods);
+        let changed_peers = self.remotes.changed_values(remotes);
         let peers: Addresses<u32> = remotes.values().map(|remote| (remote.node, 1)).collect();
         self.peers.add(&peers)?;
         self.remotes.add(remotes)?;
@@ -179,10 +200,19 @@ impl MapTables {
                 source,
             })?;
             self.written_node = Some(*node);
+            generation.raise();
         }
         self.remotes.trim(remotes)?;
         self.pods.trim(pods)?;
-        self.peers.trim(&peers)
+        self.peers.trim(&peers)?;
+        // Last, so that nothing learned meanwhile rests on what was there before.
+        for address in changed_pods {
+            generation.raise_for(address);
+        }
+        for remote in changed_peers {
+            generation.raise_for(remote.node);
+        }
+        Ok(())
     }
 
     /// Every outcome, summed over all CPUs.

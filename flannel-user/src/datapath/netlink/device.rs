@@ -167,6 +167,14 @@ pub(super) async fn converge(
         mtu: link.mtu,
         created,
     };
+    // Taken over from an earlier agent, but larger than packets may be now: they would be lost.
+    if known.is_none() && link.mtu > spec.mtu {
+        warn!(device = %name, found = link.mtu, wanted = spec.mtu, "lowering the MTU");
+        set_link(rtnl, link.index, LinkAttribute::Mtu(spec.mtu))
+            .await
+            .map_err(step("set the MTU of"))?;
+        device.mtu = spec.mtu;
+    }
     if let Some(known) = known
         && !created
     {

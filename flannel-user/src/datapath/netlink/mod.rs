@@ -136,6 +136,10 @@ impl NetlinkDatapath {
                 "the device is not quite as wanted"
             );
         }
+        if converged.device.created {
+            // What went with the old device is not for others to be blamed for.
+            self.programmed = Entries::default();
+        }
         self.spec = Some(spec.clone());
         self.device = Some(converged.device.clone());
         Ok(converged.device)
@@ -145,6 +149,12 @@ impl NetlinkDatapath {
     #[must_use]
     pub fn device(&self) -> Option<&Device> {
         self.device.as_ref()
+    }
+
+    /// What the device was last asked to be.
+    #[must_use]
+    pub fn spec(&self) -> Option<&DeviceSpec> {
+        self.spec.as_ref()
     }
 
     /// The netlink port under which this datapath's own changes appear in kernel events

@@ -1,0 +1,278 @@
+//! Watching the stack: notes where a packet enters it, and what became of the
+//! packet where it leaves.
+
+use aya_ebpf::programs::TcContext;
+use flannel_ebpf::{
+    encap,
+    frame::Frame as _,
+    hash,
+    header::Ethernet,
+    layout::{Candidate, FlowKey, NodeConfig, Note, TEMPLATE_LEN, Trail, Verdict},
+    learn::{self, Arrived, Left},
+    packet::Packet,
+    reason::Reason,
+    sighting::{self, Match, Way},
+    tables::Tables as _,
+};
+
+use super::{
+    ETHERNET,
+    maps::{self, KernelTables},
+    wire::{self, Wire},
+};
+
+/// Notes a packet on its way into the stack. `offset` is that of its IP header.
+#[inline(always)]
+pub(super) fn note(
+    wire: &Wire,
+    offset: usize,
+    packet: &Packet,
+    node: &NodeConfig,
+    way: Way,
+    probe: bool,
+) {
+    let Some(mut note) = sighting::note(wire, offset, packet) else {
+        return;
+    };
+    note.at = maps::jiffies();
+    note.generation = KernelTables.epoch().generation;
+    note.ifindex = wire.meta().ifindex;
+    note.probe = u8::from(probe);
+    let places = sighting::places(&note, way, node.seed);
+    let Some(trail) = maps::trail(way, places.trail) else {
+        return;
+    };
+    // SAFETY: per-CPU values; programs at TC do not interrupt each other on one CPU.
+    unsafe {
+        let before = *trail;
+        let held = if before.note == 0 {
+            None
+        } else {
+            maps::note(way, u32::from(before.note) - 1).map(|held| &*held)
+        };
+        let laid: Trail = sighting::laid(before, held, &note, places.note, way);
+        *trail = laid;
+        if let Some(slot) = maps::note(way, places.note) {
+            *slot = note;
+        }
+    }
+}
+
+/// What a match needs of its note.
+struct Found {
+    slot: *mut Note,
+}
+
+/// The note of a packet that leaves.
+#[inline(always)]
+fn find(leaving: &Note, node: &NodeConfig, way: Way) -> Result<Found, Reason> {
+    let reason = |out, inward| match way {
+        Way::Out => out,
+        Way::In => inward,
+    };
+    let unmatched = reason(Reason::LearnOutUnmatched, Reason::LearnInUnmatched);
+    let places = sighting::places(leaving, way, node.seed);
+    let slot = maps::note(way, places.note).ok_or(unmatched)?;
+    // SAFETY: per-CPU values; programs at TC do not interrupt each other on one CPU.
+    let (slot, outcome) = unsafe {
+        match sighting::compare(&*slot, leaving, way, false) {
+            Match::None => {
+                let trail = *maps::trail(way, places.trail).ok_or(unmatched)?;
+                if trail.note == 0 {
+                    return Err(unmatched);
+                }
+                let slot = maps::note(way, u32::from(trail.note) - 1).ok_or(unmatched)?;
+                let outcome = sighting::compare(&*slot, leaving, way, true);
+                if outcome != Match::None && trail.ambiguous != 0 {
+                    return Err(reason(Reason::LearnOutAmbiguous, Reason::LearnInAmbiguous));
+                }
+                (slot, outcome)
+            }
+            outcome => (slot, outcome),
+        }
+    };
+    match outcome {
+        Match::None => return Err(unmatched),
+        Match::OtherTos => return Err(reason(Reason::LearnOutOtherTos, Reason::LearnInOtherTos)),
+        Match::OtherTtl => return Err(reason(Reason::LearnOutOtherTtl, Reason::LearnInOtherTtl)),
+        Match::Same => {}
+    }
+    // SAFETY: as above.
+    unsafe {
+        (*slot).live = 0;
+        if (*slot).generation != KernelTables.epoch().generation {
+            return Err(reason(
+                Reason::LearnOutOldGeneration,
+                Reason::LearnInOldGeneration,
+            ));
+        }
+    }
+    Ok(Found { slot })
+}
+
+/// Is the entry of this flow, and of its pod and peer as they are now?
+#[inline(always)]
+fn is_current(verdict: &Verdict, tail: u32, key: &FlowKey) -> bool {
+    let tag = hash::tag(key);
+    verdict.tag == tag
+        && tail == tag
+        && verdict.pod_generation == KernelTables.generation(u32::from(verdict.pod_slot))
+        && verdict.peer_generation == KernelTables.generation(u32::from(verdict.peer_slot))
+}
+
+/// The verdict holds on from now.
+#[inline(always)]
+fn refresh(verdict: *mut Verdict, now: u32, generation: u32) {
+    // SAFETY: a map's value that the caller has just compared; single words.
+    unsafe {
+        (*verdict).seen = now;
+        (*verdict).probed = now;
+        (*verdict).generation = generation;
+    }
+}
+
+/// One more sighting; `true` when the flow has shown itself often enough.
+#[inline(always)]
+fn enough(way: Way, outcome: u64, generation: u32) -> bool {
+    let Some(slot) = maps::candidate(way, outcome) else {
+        return false;
+    };
+    // SAFETY: a per-CPU value; programs at TC do not interrupt each other on one CPU.
+    unsafe {
+        let (candidate, enough): (Candidate, bool) = learn::counted(*slot, outcome, generation);
+        *slot = candidate;
+        enough
+    }
+}
+
+/// What the stack made of a pod's packet: sighting at the egress of the uplink.
+#[inline(always)]
+pub(super) fn left(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Option<Reason> {
+    if !encap::is_tunnelled(wire, node) {
+        return None;
+    }
+    let packet = Packet::read(wire, encap::INNER_IP)?;
+    if packet.is_boundary() {
+        return None;
+    }
+    let mut leaving = sighting::note(wire, encap::INNER_IP, &packet)?;
+    leaving.at = maps::jiffies();
+    let found = match find(&leaving, node, Way::Out) {
+        Ok(found) => found,
+        Err(reason) => return Some(reason),
+    };
+    // SAFETY: a per-CPU value that nothing writes during this run.
+    let note = unsafe { &*found.slot };
+    let (mark, priority) = wire::mark_and_priority(context);
+    // SAFETY: a per-CPU value; programs at TC do not interrupt each other on one CPU.
+    let template = unsafe { &mut *maps::scratch_template()? };
+    *template = *wire.at::<[u8; TEMPLATE_LEN]>(0)?;
+    learn::neutralize(template);
+    let left = Left {
+        far: packet.key.dst,
+        far_port: packet.key.dport,
+        uplink: wire.meta().ifindex,
+        mark,
+        priority,
+        template,
+    };
+
+    let mut known = false;
+    if let Some(entry) = maps::flow_out(&note.key) {
+        // SAFETY: a map's value; `is_current` finds out if it has become another flow's.
+        let flow = unsafe { &*entry };
+        if left.agrees(note, flow) {
+            if is_current(&flow.verdict, flow.tag, &note.key) {
+                // SAFETY: as above. A flow's hash may have changed without its way.
+                unsafe {
+                    (*entry).template[34] = left.template[34];
+                    (*entry).template[35] = left.template[35];
+                    refresh(&raw mut (*entry).verdict, leaving.at, note.generation);
+                }
+                return Some(Reason::LearnOutConfirmed);
+            }
+            known = true;
+        } else {
+            maps::forget_out(&note.key);
+            return Some(Reason::LearnOutChanged);
+        }
+    }
+    if !known && !enough(Way::Out, left.hash(&note.key, node.seed), note.generation) {
+        return Some(Reason::LearnOutCounted);
+    }
+    // SAFETY: as the template.
+    let entry = unsafe { &mut *maps::scratch_out()? };
+    Some(match left.entry(note, &KernelTables, leaving.at, entry) {
+        Ok(()) if maps::keep_out(&note.key, entry) => Reason::LearnOutLearned,
+        Ok(()) => Reason::LearnOutNoRoom,
+        Err(reason) => {
+            if known {
+                maps::forget_out(&note.key);
+            }
+            reason
+        }
+    })
+}
+
+/// What the stack made of a peer's packet: sighting at the egress of a pod's veth. With the
+/// outcome comes whether it was a copy that only asked.
+#[inline(always)]
+pub(super) fn arrived(wire: &Wire, node: &NodeConfig) -> Option<Reason> {
+    let packet = Packet::read(wire, ETHERNET)?;
+    if packet.is_boundary() {
+        return None;
+    }
+    let mut leaving = sighting::note(wire, ETHERNET, &packet)?;
+    leaving.at = maps::jiffies();
+    let found = match find(&leaving, node, Way::In) {
+        Ok(found) => found,
+        Err(reason) => return Some(reason),
+    };
+    // SAFETY: a per-CPU value that nothing writes during this run.
+    let note = unsafe { &*found.slot };
+    let ethernet = wire.at::<Ethernet>(0)?;
+    let (to, from) = (ethernet.destination, ethernet.source);
+    let arrived = Arrived {
+        far: packet.key.src,
+        far_port: packet.key.sport,
+        pod: wire.meta().ifindex,
+        macs: [
+            to[0], to[1], to[2], to[3], to[4], to[5], from[0], from[1], from[2], from[3], from[4],
+            from[5],
+        ],
+    };
+
+    let mut known = false;
+    if let Some(entry) = maps::flow_in(&note.key) {
+        // SAFETY: a map's value; `is_current` finds out if it has become another flow's.
+        let flow = unsafe { &*entry };
+        if arrived.agrees(note, flow) {
+            if is_current(&flow.verdict, flow.tag, &note.key) {
+                // SAFETY: as above.
+                unsafe { refresh(&raw mut (*entry).verdict, leaving.at, note.generation) };
+                return Some(Reason::LearnInConfirmed);
+            }
+            known = true;
+        } else {
+            maps::forget_in(&note.key);
+            return Some(Reason::LearnInChanged);
+        }
+    }
+    if !known && !enough(Way::In, arrived.hash(&note.key, node.seed), note.generation) {
+        return Some(Reason::LearnInCounted);
+    }
+    // SAFETY: a per-CPU value; programs at TC do not interrupt each other on one CPU.
+    let entry = unsafe { &mut *maps::scratch_in()? };
+    Some(
+        match arrived.entry(note, &KernelTables, leaving.at, entry) {
+            Ok(()) if maps::keep_in(&note.key, entry) => Reason::LearnInLearned,
+            Ok(()) => Reason::LearnInNoRoom,
+            Err(reason) => {
+                if known {
+                    maps::forget_in(&note.key);
+                }
+                reason
+            }
+        },
+    )
+}

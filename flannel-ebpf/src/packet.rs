@@ -1,0 +1,101 @@
+//! The part of a packet that flows are made of.
+
+use network_types::{ip::Ipv4Hdr, tcp::TcpHdr, udp::UdpHdr};
+
+use crate::{frame::Frame, header, layout::FlowKey};
+
+/// TCP flags of a packet that opens or ends a connection: FIN, SYN and RST.
+pub const BOUNDARY: u8 = 0b111;
+/// TCP flag SYN.
+pub const SYN: u8 = 0b010;
+/// TCP flag ACK.
+pub const ACK: u8 = 0b1_0000;
+
+/// A TCP or UDP packet over IPv4, neither a fragment nor with IP options.
+///
+/// Order and alignment matter: the compiler may move neighbouring fields as one word, and the
+/// verifier refuses such a word on the stack where it is not aligned.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(8))]
+pub struct Packet {
+    /// Its flow.
+    pub key: FlowKey,
+    /// IP total length in bytes.
+    pub len: u16,
+    /// IP identification.
+    pub id: [u8; 2],
+    /// IP header checksum.
+    pub check: [u8; 2],
+    /// TOS byte.
+    pub tos: u8,
+    /// Time to live.
+    pub ttl: u8,
+    /// TCP flags, 0 for UDP.
+    pub tcp_flags: u8,
+    /// Length of the TCP or UDP header in bytes.
+    pub header_len: u8,
+}
+
+impl Packet {
+    /// Reads the packet whose IP header is at `offset`; `None` where it is of another kind.
+    #[inline(always)]
+    pub fn read<F: Frame>(frame: &F, offset: usize) -> Option<Self> {
+        let ip = frame.at::<Ipv4Hdr>(offset)?;
+        if ip.vihl != 0x45 || header::is_fragment(ip) {
+            return None;
+        }
+        let behind = offset + Ipv4Hdr::LEN;
+        let (sport, dport, tcp_flags, header_len) = match ip.proto {
+            header::TCP => {
+                let tcp = frame.at::<TcpHdr>(behind)?;
+                (
+                    tcp.source,
+                    tcp.dest,
+                    header::tcp_flags(tcp),
+                    header::tcp_len(tcp) as u8,
+                )
+            }
+            header::UDP => {
+                let udp = frame.at::<UdpHdr>(behind)?;
+                (udp.src, udp.dst, 0, UdpHdr::LEN as u8)
+            }
+            _ => return None,
+        };
+        Some(Self {
+            key: FlowKey {
+                src: ip.src_addr,
+                dst: ip.dst_addr,
+                sport,
+                dport,
+                protocol: ip.proto,
+                _pad: 0,
+                _end: 0,
+            },
+            len: ip.tot_len(),
+            tos: ip.tos,
+            ttl: ip.ttl,
+            check: ip.check,
+            id: ip.id,
+            tcp_flags,
+            header_len,
+        })
+    }
+
+    /// Does it open or end a connection? Conntrack must see those.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_boundary(&self) -> bool {
+        self.tcp_flags & BOUNDARY != 0
+    }
+
+    /// Length in bytes of the longest IP packet that this one becomes on the wire.
+    #[inline(always)]
+    #[must_use]
+    pub const fn segment_len(&self, gso_size: u32) -> u32 {
+        if gso_size == 0 {
+            self.len as u32
+        } else {
+            <Ipv4Hdr as crate::header::Header>::LEN as u32 + self.header_len as u32 + gso_size
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! However connections end, sockets and connection tracking end as on the kernel path.
+
+use anyhow::{Context, Result, ensure};
+use lab::{
+    conntrack::{self, Census, Refusals, check_alike},
+    kube::{CONNECTIONS_PORT, Kube, Via, compare, pause},
+    scenario::repetitions,
+    traffic::connections::{ConnectionsReport, Ending},
+};
+
+/// Entries of closed connections stay long enough to be counted.
+const KEPT: &str = "120";
+
+/// What is left on both nodes and in both pods.
+#[derive(Debug)]
+struct Left {
+    troubles: u64,
+    entries: [Census; 2],
+    sockets: [Census; 2],
+    refusals: [Refusals; 2],
+}
+
+fn left(kube: &Kube, troubles: u64) -> Result<Left> {
+    let (a, b) = kube.cluster.nodes();
+    let (client, server) = (kube.client().namespace(), kube.server().namespace());
+    Ok(Left {
+        troubles,
+        entries: [
+            conntrack::census(a.namespace())?,
+            conntrack::census(b.namespace())?,
+        ],
+        sockets: [conntrack::sockets(client)?, conntrack::sockets(server)?],
+        refusals: [Refusals::now(a.namespace())?, Refusals::now(b.namespace())?],
+    })
+}
+
+/// Every ending that the client brings about, then clients that vanish.
+fn close_in_every_way(kube: &Kube, via: Via) -> Result<Left> {
+    let (a, b) = kube.cluster.nodes();
+    for node in [a, b] {
+        let namespace = node.namespace();
+        for state in ["close", "last_ack"] {
+            let key = format!("net.netfilter.nf_conntrack_tcp_timeout_{state}");
+            namespace.sysctl(&key, KEPT)?;
+        }
+    }
+    let count = u64::from(repetitions(1400, 10_000)) / 7;
+    let arguments = format!("--count {count} --at-once 16 --exchanges 8 --size 512");
+    let mut troubles = 0;
+    for ending in Ending::ORDERLY {
+        let (client, server) = kube.connections(via, ending, &arguments)?;
+        println!(
+            "{:?} {via:?} {ending:?}: {:.0}/s, client {} as meant, {} not; server {}, {}",
+            kube.side(),
+            client.established as f64 / client.seconds,
+            client.ended,
+            client.troubles(),
+            server.ended,
+            server.troubles()
+        );
+        ensure!(
+            client.corrupt + server.corrupt == 0,
+            "{client:?} {server:?}"
+        );
+        troubles += client.troubles() + server.troubles();
+    }
+    vanish(kube, via, count)?;
+    pause(f64::from(repetitions(4, 15)));
+    left(kube, troubles)
+}
+
+/// Clients fall silent for ever: their pod loses its link before they are killed.
+fn vanish(kube: &Kube, via: Via, count: u64) -> Result<()> {
+    let server = kube.server().tool(&format!(
+        "connections-serve --port {CONNECTIONS_PORT} --patience 2"
+    ))?;
+    let target = kube.target(via, CONNECTIONS_PORT);
+    let mut client = kube.client().tool(&format!(
+        "connections --to {target} --ending {} --count {count}",
+        Ending::Silent.name()
+    ))?;
+    let report: ConnectionsReport = client.next_report()?;
+    report.check()?;
+    kube.client().namespace().ip("link set eth0 down")?;
+    drop(client);
+    let served: ConnectionsReport = server.finish()?;
+    ensure!(served.ended == count, "{served:?}");
+    Ok(())
+}
+
+fn check(reference: &Left, found: &Left) -> Result<()> {
+    ensure!(
+        found.troubles <= reference.troubles,
+        "{} connections did not go as meant, {} on the kernel path",
+        found.troubles,
+        reference.troubles
+    );
+    for (index, name) in ["first", "second"].into_iter().enumerate() {
+        let of = |what: &str| format!("{what} of the {name} node");
+        println!(
+            "{name}: {:?}\n   and {:?}\n   sockets {:?}\n   and {:?}; {:?} and {:?}",
+            reference.entries[index],
+            found.entries[index],
+            reference.sockets[index],
+            found.sockets[index],
+            reference.refusals[index],
+            found.refusals[index]
+        );
+        check_alike(
+            &of("sockets of the pod"),
+            &reference.sockets[index],
+            &found.sockets[index],
+            2,
+        )?;
+        check_alike(
+            &of("entries"),
+            &only_tcp(&reference.entries[index]),
+            &only_tcp(&found.entries[index]),
+            2,
+        )?;
+        let (one, other) = (
+            reference.refusals[index].invalid,
+            found.refusals[index].invalid,
+        );
+        ensure!(
+            other <= one + (one / 100).max(2),
+            "{}: {other} instead of {one}",
+            of("invalid packets")
+        );
+    }
+    Ok(())
+}
+
+/// Pings and the agents' own traffic come and go.
+fn only_tcp(census: &Census) -> Census {
+    let rows = census.iter().filter(|(kind, _)| kind.starts_with("tcp"));
+    rows.map(|(kind, count)| (kind.clone(), *count)).collect()
+}
+
+fn closed_through(via: Via) {
+    let left = compare(|kube| close_in_every_way(kube, via));
+    check(&left.netlink, &left.learned).unwrap_or_else(|error| panic!("{error:?}"));
+}
+
+#[test]
+fn every_ending_between_pods_leaves_what_the_kernel_path_leaves() {
+    closed_through(Via::Pod);
+}
+
+#[test]
+fn every_ending_through_a_service_leaves_what_the_kernel_path_leaves() {
+    closed_through(Via::Service);
+}
+
+#[test]
+fn a_reset_after_three_gigabytes_ends_the_entry() {
+    // More than half of the sequence space: only with tcp_ignore_invalid_rst is it believed.
+    let states = compare(|kube| {
+        let before = kube.taken()?;
+        let (client, server) = kube.connections(
+            Via::Service,
+            Ending::ClientRst,
+            "--count 1 --exchanges 1 --size 3100000000 --response 64 --patience 60",
+        )?;
+        client.check()?;
+        server.check().context("the reset did not arrive")?;
+        kube.expect_bypassed(&before, 0.9)?;
+        pause(0.2);
+        let (a, b) = kube.cluster.nodes();
+        let live = |census: Census| census.get("tcp ESTABLISHED").copied().unwrap_or(0);
+        Ok([
+            live(conntrack::census(a.namespace())?),
+            live(conntrack::census(b.namespace())?),
+        ])
+    });
+    assert_eq!(
+        states.learned, states.netlink,
+        "entries still established on each node"
+    );
+}
