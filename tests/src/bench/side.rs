@@ -127,8 +127,8 @@ pub fn all() -> Vec<Side> {
             "pods by the programs once netfilter has let a flow pass",
             pods("ebpf", "learned"),
             Way::Learned,
-            // The client's node translates, and leaves such flows to the kernel.
-            Some(Way::LearnedAtServer),
+            // What netfilter translates is learned with its translation.
+            Some(Way::Learned),
         ),
         side(
             "direct",

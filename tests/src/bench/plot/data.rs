@@ -223,12 +223,7 @@ mod tests {
                 seconds: 1.0,
                 cpu: 0,
             },
-            results: rows(&[
-                series("netlink", &[1.0]),
-                series("direct", &[2.0]),
-                base,
-                first,
-            ]),
+            results: rows(&[slow, fast, base, first]),
             distributions: Vec::new(),
             programs: Vec::new(),
             growth: Vec::new(),
