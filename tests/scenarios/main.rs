@@ -6,6 +6,7 @@
 //! ```
 
 mod bad_input;
+mod bench;
 mod etcd_faults;
 mod forged;
 mod health;

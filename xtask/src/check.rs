@@ -22,7 +22,7 @@ pub(crate) fn run(_: &Options) -> Result<()> {
         .args(["--", "-D", "warnings"]);
     let mut kernel_lints = toolchain.kernel_cargo("clippy");
     kernel_lints
-        .args(["--profile", "kernel", "--features", "kernel,trace"])
+        .args(["--profile", "kernel", "--features", "kernel,trace,slowed"])
         .arg("--target-dir")
         .arg(workspace::artifacts().join("ebpf-build"))
         .args(["--", "-D", "warnings"]);

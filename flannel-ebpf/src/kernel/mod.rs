@@ -8,6 +8,7 @@
 mod apply;
 mod counters;
 mod maps;
+mod slowed;
 mod trace;
 mod watch;
 mod wire;
@@ -216,6 +217,7 @@ pub(crate) fn clock(_context: TcContext) -> i32 {
 /// Counts the outcome once and turns it into the hook's answer.
 #[inline(always)]
 fn finish(context: &TcContext, outcome: Result<(Reason, i32), Reason>, len: u32) -> i32 {
+    slowed::delay();
     let (reason, redirect) = match outcome {
         Ok((reason, verdict)) => (reason, verdict),
         Err(reason) => (reason, NEXT),

@@ -20,14 +20,29 @@ pub fn busy() -> Result<f64> {
         .context("/proc/stat is odd")
 }
 
-/// `cpu user nice system idle iowait irq softirq steal …`
+/// The same with processes of low priority: what else goes on here.
+///
+/// # Errors
+/// When `/proc/stat` cannot be read.
+pub fn busy_with_anything() -> Result<f64> {
+    let text = fs::read_to_string("/proc/stat")?;
+    ticks(&text, &[0, 1, 2, 5, 6])
+        .map(|ticks| ticks as f64 / TICKS)
+        .context("/proc/stat is odd")
+}
+
 fn busy_ticks(text: &str) -> Option<u64> {
+    ticks(text, &[0, 2, 5, 6])
+}
+
+/// `cpu user nice system idle iowait irq softirq steal …`, some of it summed.
+fn ticks(text: &str, which: &[usize]) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix("cpu "))?;
     let fields: Vec<u64> = line
         .split_whitespace()
         .map(|field| field.parse().ok())
         .collect::<Option<_>>()?;
-    [0, 2, 5, 6].iter().map(|index| fields.get(*index)).sum()
+    which.iter().map(|index| fields.get(*index)).sum()
 }
 
 /// CPU seconds of one process, in user space and in the kernel.
@@ -72,6 +87,7 @@ mod tests {
     fn idle_and_low_priority_are_not_busy() {
         let text = "cpu  100 2000 30 40000 500 6 7 800 0 0\ncpu0 1 1 1 1 1 1 1 1 0 0\n";
         assert_eq!(busy_ticks(text), Some(143));
+        assert_eq!(ticks(text, &[0, 1]), Some(2100));
     }
 
     #[test]

@@ -33,10 +33,11 @@ impl Machine {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo")?;
         let meminfo = fs::read_to_string("/proc/meminfo")?;
         let processors = std::thread::available_parallelism()?.get();
-        let before = cpu::busy()?;
+        let before = cpu::busy_with_anything()?;
         let pause = std::time::Duration::from_millis(500);
         std::thread::sleep(pause);
-        let background = (cpu::busy()? - before) / pause.as_secs_f64() / processors as f64;
+        let background =
+            (cpu::busy_with_anything()? - before) / pause.as_secs_f64() / processors as f64;
         Ok(Self {
             processor: field(&cpuinfo, "model name")
                 .unwrap_or("unknown")

@@ -146,7 +146,9 @@ fn programs(all: &[ProgramCost]) -> String {
             one.verified,
             one.statistics_ns,
             one.statistics_runs,
-            spread(&one.test_run_ns)
+            one.test_run_ns
+                .as_ref()
+                .map_or("flow not learned".to_owned(), spread)
         )
         .expect("a string takes everything");
     }

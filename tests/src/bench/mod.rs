@@ -14,6 +14,7 @@ pub mod markdown;
 pub mod measure;
 pub mod packet;
 pub mod peer;
+pub mod plot;
 pub mod probe;
 pub mod program;
 pub mod proof;
@@ -68,6 +69,9 @@ pub struct BenchArgs {
     /// Where results go; by default `bench` in the build directory.
     #[arg(long)]
     out: Option<PathBuf>,
+    /// Measure nothing: draw and write again what this results.json holds.
+    #[arg(long, value_name = "FILE")]
+    from: Option<PathBuf>,
     /// Rounds; each runs every side once.
     #[arg(long, default_value_t = 7)]
     rounds: usize,
@@ -93,11 +97,19 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let start = Instant::now();
     let sides = sides(args)?;
     let selection = Selection::of(&args.only, &sides)?;
-    let report = measured(args, &sides, &selection)?;
+    let report = match &args.from {
+        Some(file) => {
+            let text = fs::read_to_string(file)
+                .with_context(|| format!("cannot read {}", file.display()))?;
+            serde_json::from_str(&text)
+                .with_context(|| format!("{} is no report", file.display()))?
+        }
+        None => measured(args, &sides, &selection)?,
+    };
     let directory = args.out.clone().map_or_else(default_directory, Ok)?;
     write(&directory, &report)?;
     println!(
-        "\n{:.0} s; every figure's path was proven by the counters of both nodes. {} holds results.json and results.md.",
+        "\n{:.0} s; every figure's path was proven by the counters of both nodes. {} holds results.json, results.md and the pictures.",
         start.elapsed().as_secs_f64(),
         directory.display()
     );
@@ -202,5 +214,6 @@ fn write(directory: &Path, report: &Report) -> Result<()> {
     let json = serde_json::to_string_pretty(report)?;
     fs::write(directory.join("results.json"), json)?;
     fs::write(directory.join("results.md"), markdown::report(report))?;
+    plot::all(directory, report)?;
     Ok(())
 }

@@ -9,6 +9,9 @@ const UDP: usize = 8;
 const CHECKSUM: usize = ETHERNET + 10;
 const DESTINATION: usize = ETHERNET + 16;
 
+/// Source and destination port of every datagram made here.
+pub const PORTS: (u16, u16) = (40_000, 6000);
+
 /// A UDP datagram in an Ethernet frame, without UDP checksum.
 #[must_use]
 pub fn datagram(
@@ -26,8 +29,8 @@ pub fn datagram(
     frame.extend([0, 1, 0x40, 0, 64, 17, 0, 0]);
     frame.extend(source.octets());
     frame.extend(destination.octets());
-    frame.extend(40_000_u16.to_be_bytes());
-    frame.extend(6000_u16.to_be_bytes());
+    frame.extend(PORTS.0.to_be_bytes());
+    frame.extend(PORTS.1.to_be_bytes());
     frame.extend(length.to_be_bytes());
     frame.extend([0, 0]);
     frame.extend(vec![0; payload.into()]);

@@ -23,28 +23,42 @@ pub struct Registry(#[expect(dead_code, reason = "kept alive")] Etcd);
 /// # Errors
 /// When it does not make its way to the other nodes in time; with its log.
 pub fn start_everywhere(lab: &Lab, program: &Path) -> Result<(Vec<Agent>, Option<Registry>)> {
-    let registry = if side::help_of(program)?.contains("lease-dir") {
-        None
-    } else {
-        Some(Etcd::start(lab, DEFAULT_CONFIG)?)
-    };
+    if side::help_of(program)?.contains("lease-dir") {
+        return Ok((launch(lab, &options(program))?, None));
+    }
+    let etcd = Etcd::start(lab, DEFAULT_CONFIG)?;
+    let agents = start_with_etcd(lab, program, &etcd)?;
+    Ok((agents, Some(Registry(etcd))))
+}
+
+/// The same with a running etcd.
+///
+/// # Errors
+/// As [`start_everywhere`].
+pub fn start_with_etcd(lab: &Lab, program: &Path, etcd: &Etcd) -> Result<Vec<Agent>> {
     let options = AgentOptions {
+        etcd: Some(etcd.at()),
+        ..options(program)
+    };
+    launch(lab, &options)
+}
+
+fn options(program: &Path) -> AgentOptions {
+    AgentOptions {
         program: Some(program.to_owned()),
-        etcd: registry.as_ref().map(Etcd::at),
         plain: true,
         ..AgentOptions::default()
-    };
+    }
+}
+
+fn launch(lab: &Lab, options: &AgentOptions) -> Result<Vec<Agent>> {
     let mut agents = Vec::new();
     for node in lab.nodes() {
-        agents.push(Agent::launch(node, &options)?);
+        agents.push(Agent::launch(node, options)?);
     }
     for agent in &agents {
         let node = agent.node();
-        let what = format!(
-            "{} on {} has a way to the others",
-            program.display(),
-            node.name()
-        );
+        let what = format!("the agent of {} has a way to the others", node.name());
         wait::until_true(&what, Duration::from_secs(30), || {
             let there = |path: &str| node.namespace().exists(path);
             if !there(SUBNET_FILE)? || !there(&format!("/sys/class/net/{TUNNEL}"))? {
@@ -55,5 +69,5 @@ pub fn start_everywhere(lab: &Lab, program: &Path) -> Result<(Vec<Agent>, Option
         })
         .with_context(|| format!("its log:\n{}", agent.log()))?;
     }
-    Ok((agents, registry.map(Registry)))
+    Ok(agents)
 }

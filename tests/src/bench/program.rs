@@ -21,6 +21,7 @@ use super::{
     measure::{PROBES, Target},
     packet,
     probe::{self, Pace},
+    proof::Way,
     stage::Stage,
     stats::Summary,
 };
@@ -28,6 +29,8 @@ use crate::{
     namespace::Namespace,
     node::{BRIDGE, Node, UPLINK},
     pod::Pod,
+    task::Task,
+    traffic::request_response::{RrReport, ServeReport},
 };
 
 /// One program of one side.
@@ -48,8 +51,9 @@ pub struct ProgramCost {
     /// Runs that this is the mean of.
     pub statistics_runs: u64,
     /// Nanoseconds of single runs of `BPF_PROG_TEST_RUN`, a fresh packet each, all of
-    /// which were forwarded (the kernel's own tens of nanoseconds included).
-    pub test_run_ns: Summary,
+    /// which were forwarded (the kernel's own tens of nanoseconds included). `None`
+    /// where the program had not learned the packet's flow and left it to the kernel.
+    pub test_run_ns: Option<Summary>,
     /// Memory of its maps.
     pub maps: Vec<MapCost>,
 }
@@ -83,9 +87,32 @@ const IFINDEX: usize = 40;
 pub fn weigh(stage: &Stage, pace: Pace) -> Result<Vec<ProgramCost>> {
     let (client, server) = stage.pods().context("this side has no pods")?;
     stage.warm_up()?;
+    introduce_flow(client, server)?;
     let out = weigh_one(stage, FROM_POD, client, server, pace)?;
     let back = weigh_one(stage, FROM_UPLINK, client, server, pace)?;
     Ok(vec![out, back])
+}
+
+/// Real requests and responses in the flow of the packets made by hand: a fast
+/// path that learns has to have seen it.
+fn introduce_flow(client: &Pod, server: &Pod) -> Result<()> {
+    let (from, to) = packet::PORTS;
+    let serve = Task::start(
+        server.namespace(),
+        &format!("rr-serve --protocol udp --port {to}"),
+    )?;
+    let asked: RrReport = client
+        .tool(&format!(
+            "rr --protocol udp --to {} --from-port {from} --seconds 0.2",
+            server.at(to)
+        ))?
+        .result()?;
+    let served: ServeReport = serve.finish()?;
+    ensure!(
+        served.answered == asked.all_transactions,
+        "{served:?} of {asked:?}"
+    );
+    Ok(())
 }
 
 fn weigh_one(
@@ -100,7 +127,9 @@ fn weigh_one(
     let (node, given, interface) = if program == FROM_POD {
         (client.node(), sent, client.interface())
     } else {
-        let encapsulated = encapsulate(client, &sent)?;
+        // Where it is not encapsulated, there is nothing to deliver either: as it is, it
+        // is no tunnel packet and stays with the kernel.
+        let encapsulated = encapsulate(client, &sent)?.unwrap_or_else(|| sent.clone());
         let mac = server.node().mac(UPLINK)?;
         let arriving = packet::addressed_to(encapsulated, mac.0);
         (server.node(), arriving, UPLINK)
@@ -112,7 +141,13 @@ fn weigh_one(
         let runs = node
             .namespace()
             .within(|| single_runs(&pin, &given, index, SINGLE_RUNS))??;
-        batches.push(Summary::of(&runs.nanoseconds).context("no runs")?.median);
+        match runs {
+            Some(runs) => batches.push(Summary::of(&runs.nanoseconds).context("no runs")?.median),
+            None => ensure!(
+                stage.side.to_pod != Way::Programs,
+                "{program} left a packet to the kernel that it should forward"
+            ),
+        }
     }
     let (statistics_ns, statistics_runs) = under_load(stage, node, &pin, pace)?;
     let info = node.namespace().within(|| ProgramInfo::from_pin(&pin))??;
@@ -124,7 +159,7 @@ fn weigh_one(
         verified: info.verified_instruction_count().unwrap_or_default(),
         statistics_ns,
         statistics_runs,
-        test_run_ns: Summary::of(&batches).context("no batches")?,
+        test_run_ns: Summary::of(&batches),
         maps: maps(&info)?,
     })
 }
@@ -147,15 +182,15 @@ fn outgoing(client: &Pod, server: &Pod) -> Result<Vec<u8>> {
     ))
 }
 
-/// What `from_pod` makes of a packet.
-fn encapsulate(client: &Pod, given: &[u8]) -> Result<Vec<u8>> {
+/// What `from_pod` makes of a packet, if it takes it.
+fn encapsulate(client: &Pod, given: &[u8]) -> Result<Option<Vec<u8>>> {
     let node = client.node();
     let pin = pinned(node.namespace(), FROM_POD)?;
     let index = node.interface_index(client.interface())?;
     let runs = node
         .namespace()
         .within(|| single_runs(&pin, given, index, 1))??;
-    Ok(runs.last_packet)
+    Ok(runs.map(|runs| runs.last_packet))
 }
 
 struct Runs {
@@ -163,7 +198,8 @@ struct Runs {
     last_packet: Vec<u8>,
 }
 
-fn single_runs(pin: &Path, given: &[u8], interface: u32, count: usize) -> Result<Runs> {
+/// `None` as soon as the program leaves a packet to the kernel.
+fn single_runs(pin: &Path, given: &[u8], interface: u32, count: usize) -> Result<Option<Runs>> {
     let program = SchedClassifier::from_pin(pin)?;
     let mut context = [0; IFINDEX + 4];
     context[IFINDEX..].copy_from_slice(&interface.to_ne_bytes());
@@ -177,19 +213,16 @@ fn single_runs(pin: &Path, given: &[u8], interface: u32, count: usize) -> Result
             ctx_in: Some(&context),
             ..TestRunOptions::default()
         })?;
-        ensure!(
-            result.return_value == REDIRECT,
-            "{} answered {} to a packet that it should forward",
-            pin.display(),
-            result.return_value
-        );
+        if result.return_value != REDIRECT {
+            return Ok(None);
+        }
         last_packet.truncate(result.data_size_out as usize);
         nanoseconds.push(result.duration.as_nanos() as f64);
     }
-    Ok(Runs {
+    Ok(Some(Runs {
         nanoseconds,
         last_packet,
-    })
+    }))
 }
 
 /// Mean time of a run while requests and responses pass.
@@ -283,7 +316,9 @@ pub fn random_destinations(client: &Pod, given: &[Vec<u8>]) -> Result<Summary> {
         let all = node.namespace().within(|| {
             let mut all = Vec::with_capacity(given.len());
             for packet in given {
-                all.extend(single_runs(&pin, packet, index, 1)?.nanoseconds);
+                let runs = single_runs(&pin, packet, index, 1)?
+                    .context("a packet to a peer's subnet was left to the kernel")?;
+                all.extend(runs.nanoseconds);
             }
             Ok::<_, anyhow::Error>(all)
         })??;

@@ -81,18 +81,18 @@ const LEARNED_SHARE: u64 = 20;
 impl Way {
     /// Whether `seen` shows that at least `packets` went this way, and none by another.
     #[must_use]
-    pub fn holds(self, at: At, flows: Flows, seen: Seen, packets: u64) -> bool {
+    pub fn holds(self, flows: Flows, seen: Seen, packets: u64) -> bool {
         let Seen {
             programs,
             tunnel,
             link,
         } = seen;
-        match (self, at) {
-            (Self::Uplink | Self::Veth, _) => link >= packets && programs == 0 && tunnel == 0,
-            (Self::Kernel, _) => tunnel >= packets && programs == 0,
-            (Self::Tunnelled, _) => programs + tunnel >= packets,
-            (Self::Programs, _) => programs >= packets && tunnel == 0,
-            (Self::Learned, _) => match flows {
+        match self {
+            Self::Uplink | Self::Veth => link >= packets && programs == 0 && tunnel == 0,
+            Self::Kernel => tunnel >= packets && programs == 0,
+            Self::Tunnelled => programs + tunnel >= packets,
+            Self::Programs => programs >= packets && tunnel == 0,
+            Self::Learned => match flows {
                 Flows::Long => {
                     programs + tunnel >= packets
                         && tunnel.saturating_mul(LEARNED_SHARE) <= programs.max(LEARNED_SHARE * 50)
@@ -117,30 +117,27 @@ mod tests {
 
     #[test]
     fn one_packet_on_the_wrong_way_is_enough() {
-        for at in [At::Client, At::Server] {
-            let holds = |way: Way, seen| way.holds(at, Flows::Long, seen, 1000);
-            assert!(holds(Way::Programs, seen(1000, 0, 1000)));
-            assert!(!holds(Way::Programs, seen(1000, 1, 1000)));
-            assert!(holds(Way::Kernel, seen(0, 1000, 1000)));
-            assert!(!holds(Way::Kernel, seen(1, 1000, 1000)));
-            assert!(holds(Way::Uplink, seen(0, 0, 1000)));
-            assert!(!holds(Way::Uplink, seen(0, 1, 1000)));
-        }
+        let holds = |way: Way, seen| way.holds(Flows::Long, seen, 1000);
+        assert!(holds(Way::Programs, seen(1000, 0, 1000)));
+        assert!(!holds(Way::Programs, seen(1000, 1, 1000)));
+        assert!(holds(Way::Kernel, seen(0, 1000, 1000)));
+        assert!(!holds(Way::Kernel, seen(1, 1000, 1000)));
+        assert!(holds(Way::Uplink, seen(0, 0, 1000)));
+        assert!(!holds(Way::Uplink, seen(0, 1, 1000)));
     }
 
     #[test]
     fn too_few_packets_prove_nothing() {
         for way in [Way::Uplink, Way::Kernel, Way::Programs, Way::Learned] {
-            assert!(!way.holds(At::Client, Flows::Long, seen(0, 0, 0), 1));
+            assert!(!way.holds(Flows::Long, seen(0, 0, 0), 1));
         }
-        assert!(!Way::Programs.holds(At::Client, Flows::Long, seen(999, 0, 0), 1000));
+        assert!(!Way::Programs.holds(Flows::Long, seen(999, 0, 0), 1000));
     }
 
     #[test]
     fn a_learned_flow_may_start_in_the_kernel_and_no_more() {
-        let holds = |flows, programs, tunnel| {
-            Way::Learned.holds(At::Client, flows, seen(programs, tunnel, 0), 10_000)
-        };
+        let holds =
+            |flows, programs, tunnel| Way::Learned.holds(flows, seen(programs, tunnel, 0), 10_000);
         assert!(holds(Flows::Long, 9_990, 10));
         assert!(!holds(Flows::Long, 5_000, 5_000));
         assert!(!holds(Flows::Long, 0, 10_000));

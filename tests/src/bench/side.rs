@@ -127,6 +127,7 @@ pub fn all() -> Vec<Side> {
             "pods by the programs once netfilter has let a flow pass",
             pods("ebpf", "learned"),
             Way::Learned,
+            // What netfilter translates is learned with its translation.
             Some(Way::Learned),
         ),
         side(

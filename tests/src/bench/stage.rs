@@ -381,7 +381,7 @@ impl Watch<'_> {
                 ("out", out_now.since(out_before), sends),
                 ("in", in_now.since(in_before), receives),
             ] {
-                if !way.holds(at, flows, seen, wanted) {
+                if !way.holds(flows, seen, wanted) {
                     bail!(
                         "wrong path on the {at:?}'s node: {wanted} packets were to go {direction} by {way:?} alone, but: {seen}\n{}",
                         self.stage.describe()

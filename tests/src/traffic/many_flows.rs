@@ -387,11 +387,11 @@ impl Flow {
             // Not sent is lost, and found out as that.
             Err(error) if self.is_udp() && (is_answer(&error) || is_timeout(&error)) => {}
             Ok(length) => {
-                self.breaks(report, format!("took {length} bytes"));
+                self.breaks(report, &format!("took {length} bytes"));
                 return false;
             }
             Err(error) => {
-                self.breaks(report, error.to_string());
+                self.breaks(report, &error.to_string());
                 return false;
             }
         }
@@ -413,13 +413,13 @@ impl Flow {
         };
         match result {
             Ok(0) if !self.is_udp() => {
-                self.breaks(report, "the server closed it".into());
+                self.breaks(report, "the server closed it");
                 return self.since.take().is_some();
             }
             Ok(_) => {}
             Err(error) if is_timeout(&error) || self.is_udp() && is_answer(&error) => return false,
             Err(error) => {
-                self.breaks(report, error.to_string());
+                self.breaks(report, &error.to_string());
                 return self.since.take().is_some();
             }
         }
@@ -458,12 +458,12 @@ impl Flow {
             report.lost += 1;
             report.longest_ms = report.longest_ms.max(waited.as_secs_f64() * 1000.0);
         } else {
-            self.breaks(report, format!("no answer for {waited:?}"));
+            self.breaks(report, &format!("no answer for {waited:?}"));
         }
         true
     }
 
-    fn breaks(&mut self, report: &mut ManyReport, why: String) {
+    fn breaks(&mut self, report: &mut ManyReport, why: &str) {
         report.broken += 1;
         report
             .first_break

@@ -68,6 +68,9 @@ pub struct ClientArgs {
     /// Bytes of a request and of a response.
     #[arg(long, default_value_t = 64)]
     size: usize,
+    /// Source port of UDP; 0 takes a free one.
+    #[arg(long, default_value_t = 0)]
+    from_port: u16,
     /// Stay on this CPU.
     #[arg(long)]
     cpu: Option<usize>,
@@ -180,7 +183,7 @@ pub fn client(args: &ClientArgs) -> Result<RrReport> {
             })
         }
         Protocol::Udp => {
-            let client = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+            let client = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, args.from_port))?;
             client.connect(args.to)?;
             client.set_read_timeout(Some(PATIENCE))?;
             measure(args, |message| {

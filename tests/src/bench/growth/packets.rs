@@ -38,31 +38,42 @@ const SERVER_PORTS: u32 = 16;
 /// When the agents do not get there, or packets take another path.
 pub(super) fn subnets(sides: &[&Side], sizes: &[u32], pace: Pace) -> Result<Vec<Curve>> {
     let mut points = Points::over("remote subnets");
-    for side in sides {
-        let mut stage = Stage::with_config(side, CONFIG, NETWORK)?;
-        let (a, b) = stage.nodes().context("a side between nodes")?;
-        let via = b.public_ip();
-        a.namespace()
-            .ip(&format!("route add {UNDERLAY} via {via}"))?;
-        let via = a.public_ip();
-        b.namespace()
-            .ip(&format!("route add {UNDERLAY} via {via}"))?;
-        let mut written = 0;
-        for size in sizes {
+    let mut stages = sides
+        .iter()
+        .map(|side| {
+            let stage = Stage::with_config(side, CONFIG, NETWORK)?;
+            let (a, b) = stage.nodes().context("a side between nodes")?;
+            for (one, other) in [(a, b), (b, a)] {
+                let via = other.public_ip();
+                one.namespace()
+                    .ip(&format!("route add {UNDERLAY} via {via}"))?;
+            }
+            Ok(stage)
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let mut written = 0;
+    for size in sizes {
+        for stage in &mut stages {
             let (agents, directory) = stage.agents().context("a side with agents")?;
-            while written < *size {
-                leases::write(&directory, written)?;
-                written += 1;
+            for number in written..*size {
+                leases::write(&directory, number)?;
             }
             for agent in agents {
                 wait_for_peers(agent.node(), *size as usize + 1)?;
             }
-            let mut rates = Vec::new();
-            for _ in 0..ROUNDS {
-                rates.push(probe::run(&stage, &PROBES[0], Target::Pod, pace)?.figures[0]);
+        }
+        written = *size;
+        let mut rates = vec![Vec::new(); stages.len()];
+        for _ in 0..ROUNDS {
+            for (stage, rates) in stages.iter().zip(&mut rates) {
+                rates.push(probe::run(stage, &PROBES[0], Target::Pod, pace)?.figures[0]);
             }
-            points.add("tcp_rr", &side.name, "1/s", *size, &rates)?;
-            if side.has_programs() {
+        }
+        for (stage, rates) in stages.iter().zip(&rates) {
+            let side = &stage.side;
+            points.add("tcp_rr", &side.name, "1/s", *size, rates)?;
+            // A packet that no flow belongs to is forwarded by no other fast path.
+            if side.to_pod == proof::Way::Programs {
                 let (client, server) = stage.pods().context("a side between pods")?;
                 let destinations = leases::scattered(*size, SCATTERED);
                 let packets = program::datagrams_to(client, server, &destinations)?;
@@ -99,43 +110,52 @@ fn wait_for_peers(node: &crate::node::Node, count: usize) -> Result<()> {
 /// When a datagram is lost, or packets take another path.
 pub(super) fn flows(sides: &[&Side], sizes: &[u32], pace: Pace) -> Result<Vec<Curve>> {
     let mut points = Points::over("flows");
-    for side in sides {
-        let stage = Stage::set(side)?;
-        let (to, port) = stage.way_to(Port::Flows, Target::Pod);
-        let (cpu, seconds) = (pace.cpu, pace.seconds);
-        for size in sizes {
-            let mut rates = Vec::new();
-            for _ in 0..ROUNDS {
-                let way = side.way(Target::Pod).context("a side between pods")?;
-                stage.warm_up()?;
-                let watch = stage.watch()?;
-                let server = Task::start(
-                    stage.server(),
-                    &format!("flows-serve --port {port} --ports {SERVER_PORTS} --cpu {cpu}"),
-                )?;
-                let report: FlowsReport = Task::start(
-                    stage.client(),
-                    &format!(
-                        "flows --to {to} --ports {SERVER_PORTS} --flows {size} --seconds {seconds} --cpu {cpu}"
-                    ),
-                )?
-                .result()?;
-                let served: ServeReport = server.finish()?;
-                ensure!(
-                    served.answered == report.all,
-                    "{} requests were answered of {}",
-                    served.answered,
-                    report.all
-                );
-                let passed = Passed {
-                    there: report.all,
-                    back: report.all,
-                };
-                watch.expect(way, proof::Flows::Short, passed)?;
-                rates.push(report.per_second);
+    let stages = sides
+        .iter()
+        .map(|side| Stage::set(side))
+        .collect::<Result<Vec<_>>>()?;
+    for size in sizes {
+        let mut rates = vec![Vec::new(); stages.len()];
+        for _ in 0..ROUNDS {
+            for (stage, rates) in stages.iter().zip(&mut rates) {
+                rates.push(among(stage, *size, pace)?);
             }
-            points.add("udp_rr", &side.name, "1/s", *size, &rates)?;
+        }
+        for (stage, rates) in stages.iter().zip(&rates) {
+            points.add("udp_rr", &stage.side.name, "1/s", *size, rates)?;
         }
     }
     Ok(points.curves())
+}
+
+fn among(stage: &Stage, flows: u32, pace: Pace) -> Result<f64> {
+    let (to, port) = stage.way_to(Port::Flows, Target::Pod);
+    let (cpu, seconds) = (pace.cpu, pace.seconds);
+    let way = stage.side.way(Target::Pod).context("a side between pods")?;
+    stage.warm_up()?;
+    let watch = stage.watch()?;
+    let server = Task::start(
+        stage.server(),
+        &format!("flows-serve --port {port} --ports {SERVER_PORTS} --cpu {cpu}"),
+    )?;
+    let report: FlowsReport = Task::start(
+        stage.client(),
+        &format!(
+            "flows --to {to} --ports {SERVER_PORTS} --flows {flows} --seconds {seconds} --cpu {cpu}"
+        ),
+    )?
+    .result()?;
+    let served: ServeReport = server.finish()?;
+    ensure!(
+        served.answered == report.all,
+        "{} requests were answered of {}",
+        served.answered,
+        report.all
+    );
+    let passed = Passed {
+        there: report.all,
+        back: report.all,
+    };
+    watch.expect(way, proof::Flows::Short, passed)?;
+    Ok(report.per_second)
 }

@@ -1,0 +1,276 @@
+//! Drawing: bars in panels, lines in charts.
+
+use anyhow::{Error, Result};
+use plotters::{
+    coord::Shift,
+    prelude::{
+        ChartBuilder, Circle, DrawingArea, DrawingBackend, IntoLogRange, LineSeries, PathElement,
+        Rectangle, SeriesLabelPosition, Text,
+    },
+    style::{
+        Color, IntoFont, RGBColor, ShapeStyle, TextStyle,
+        colors::{BLACK, WHITE},
+        text_anchor::{HPos, Pos, VPos},
+    },
+};
+
+use super::data::{Chart, Panel};
+use crate::bench::markdown::number;
+
+const GREY: RGBColor = RGBColor(120, 120, 120);
+const PER_ROW: usize = 3;
+/// What the bars are, below them all.
+const READING: &str = "bar: median of all rounds; whisker: worst and best round; line: kernel VXLAN, as flannel uses it";
+
+/// Pixels of a picture with so many parts.
+pub(super) fn grid(parts: usize) -> (u32, u32) {
+    let rows = parts.div_ceil(PER_ROW) as u32;
+    (500 * columns(parts) as u32, 110 + 400 * rows)
+}
+
+fn columns(parts: usize) -> usize {
+    // A single one would be narrower than the title.
+    parts.clamp(2, PER_ROW)
+}
+
+/// Colours that the colour-blind tell apart (Okabe and Ito), one for each known
+/// side; others take what is left.
+fn colour(side: &str, index: usize) -> RGBColor {
+    match side {
+        "host" => RGBColor(170, 170, 170),
+        "host-nf" => RGBColor(110, 110, 110),
+        "netlink" | "etcd" => RGBColor(213, 94, 0),
+        "learned" => RGBColor(0, 158, 115),
+        "direct" | "directory" => RGBColor(0, 114, 178),
+        "veth" => RGBColor(204, 121, 167),
+        _ => [
+            RGBColor(230, 159, 0),
+            RGBColor(86, 180, 233),
+            RGBColor(0, 0, 0),
+        ][index % 3],
+    }
+}
+
+fn text(size: i32, colour: RGBColor) -> TextStyle<'static> {
+    let mut style = TextStyle::from(("sans-serif", size).into_font());
+    style.color = colour.to_backend_color();
+    style
+}
+
+fn centred(size: i32) -> TextStyle<'static> {
+    text(size, BLACK).pos(Pos::new(HPos::Center, VPos::Bottom))
+}
+
+fn io<E: std::error::Error + Send + Sync + 'static>(error: E) -> Error {
+    Error::new(error)
+}
+
+/// A title, then one panel of bars for each measure.
+pub(super) fn bars<B: DrawingBackend>(
+    area: &DrawingArea<B, Shift>,
+    title: &str,
+    panels: &[Panel],
+) -> Result<()>
+where
+    B::ErrorType: 'static,
+{
+    area.fill(&WHITE).map_err(io)?;
+    let (width, height) = area.dim_in_pixel();
+    let below = text(15, GREY).pos(Pos::new(HPos::Center, VPos::Bottom));
+    let place = (width as i32 / 2, height as i32 - 8);
+    area.draw(&Text::new(READING, place, below)).map_err(io)?;
+    let area = area.margin(14, 30, 0, 0);
+    let area = area.titled(title, text(28, BLACK)).map_err(io)?;
+    let columns = columns(panels.len());
+    let rows = panels.len().div_ceil(columns);
+    for (part, panel) in area.split_evenly((rows, columns)).iter().zip(panels) {
+        bars_of(part, panel)?;
+    }
+    Ok(())
+}
+
+fn bars_of<B: DrawingBackend>(area: &DrawingArea<B, Shift>, panel: &Panel) -> Result<()>
+where
+    B::ErrorType: 'static,
+{
+    let highest = panel
+        .bars
+        .iter()
+        .map(|bar| bar.spread[1])
+        .fold(1.0, f64::max);
+    let top = highest * 1.18;
+    let count = panel.bars.len() as f64;
+    let mut chart = ChartBuilder::on(area)
+        .caption(&panel.title, text(22, BLACK))
+        .margin(12)
+        .x_label_area_size(48)
+        .y_label_area_size(48)
+        .build_cartesian_2d(0.0..count, 0.0..top)
+        .map_err(io)?;
+    chart
+        .configure_mesh()
+        .disable_x_mesh()
+        .disable_x_axis()
+        .y_labels(6)
+        .light_line_style(WHITE)
+        .bold_line_style(GREY.mix(0.25))
+        .y_label_formatter(&|value| format!("{value:.1}"))
+        .label_style(text(15, GREY))
+        .draw()
+        .map_err(io)?;
+    let kernel = [(0.0, 1.0), (count, 1.0)];
+    chart
+        .draw_series([PathElement::new(kernel, GREY.stroke_width(2))])
+        .map_err(io)?;
+    for (index, bar) in panel.bars.iter().enumerate() {
+        let left = index as f64;
+        let middle = left + 0.5;
+        let style = ShapeStyle::from(colour(&bar.side, index)).filled();
+        let corners = [(left + 0.15, 0.0), (left + 0.85, bar.value)];
+        chart
+            .draw_series([Rectangle::new(corners, style)])
+            .map_err(io)?;
+        let [low, high] = bar.spread;
+        let whisker = [
+            vec![(middle, low), (middle, high)],
+            vec![(middle - 0.08, low), (middle + 0.08, low)],
+            vec![(middle - 0.08, high), (middle + 0.08, high)],
+        ];
+        chart
+            .draw_series(whisker.map(|line| PathElement::new(line, BLACK.stroke_width(2))))
+            .map_err(io)?;
+        let above = (middle, high.max(bar.value) + top * 0.015);
+        let value = Text::new(format!("{:.2}", bar.value), above, centred(18));
+        chart.draw_series([value]).map_err(io)?;
+        // Below the axis, which the plotting area itself does not reach.
+        let (x, y) = chart.plotting_area().map_coordinate(&(middle, 0.0));
+        let origin = area.get_base_pixel();
+        for (line, size, colour, offset) in [
+            (bar.side.as_str(), 16, BLACK, 8),
+            (bar.kind(), 13, GREY, 27),
+        ] {
+            let below = (x - origin.0, y - origin.1 + offset);
+            let style = text(size, colour).pos(Pos::new(HPos::Center, VPos::Top));
+            area.draw(&Text::new(line.to_owned(), below, style))
+                .map_err(io)?;
+        }
+    }
+    Ok(())
+}
+
+/// A title, then all charts; a single one fills the picture.
+pub(super) fn charts<B: DrawingBackend>(
+    area: &DrawingArea<B, Shift>,
+    title: &str,
+    charts: &[Chart],
+) -> Result<()>
+where
+    B::ErrorType: 'static,
+{
+    area.fill(&WHITE).map_err(io)?;
+    let area = area.margin(14, 0, 0, 0);
+    let area = area.titled(title, text(28, BLACK)).map_err(io)?;
+    if let [only] = charts {
+        return distribution(&area, only);
+    }
+    let columns = columns(charts.len());
+    let rows = charts.len().div_ceil(columns);
+    for (part, chart) in area.split_evenly((rows, columns)).iter().zip(charts) {
+        growth(part, chart)?;
+    }
+    Ok(())
+}
+
+fn distribution<B: DrawingBackend>(area: &DrawingArea<B, Shift>, data: &Chart) -> Result<()>
+where
+    B::ErrorType: 'static,
+{
+    let (_, right) = data.width();
+    let mut chart = ChartBuilder::on(area)
+        .margin(20)
+        .x_label_area_size(60)
+        .y_label_area_size(70)
+        .build_cartesian_2d(0.0..right * 1.05, 0.0..100.0)
+        .map_err(io)?;
+    chart
+        .configure_mesh()
+        .light_line_style(WHITE)
+        .bold_line_style(GREY.mix(0.25))
+        .x_desc(&data.x)
+        .y_desc(&data.y)
+        .x_label_formatter(&|value| format!("{value:.0}"))
+        .y_label_formatter(&|value| format!("{value:.0}"))
+        .label_style(text(18, BLACK))
+        .axis_desc_style(text(20, BLACK))
+        .draw()
+        .map_err(io)?;
+    for (index, line) in data.lines.iter().enumerate() {
+        let colour = colour(&line.side, index);
+        chart
+            .draw_series(LineSeries::new(
+                line.points.iter().copied(),
+                colour.stroke_width(4),
+            ))
+            .map_err(io)?
+            .label(&line.name)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 30, y)], colour.stroke_width(4)));
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::LowerRight)
+        .legend_area_size(40)
+        .background_style(WHITE.mix(0.9))
+        .border_style(GREY)
+        .label_font(text(20, BLACK))
+        .draw()
+        .map_err(io)
+}
+
+fn growth<B: DrawingBackend>(area: &DrawingArea<B, Shift>, data: &Chart) -> Result<()>
+where
+    B::ErrorType: 'static,
+{
+    let (left, right) = data.width();
+    let mut chart = ChartBuilder::on(area)
+        .caption(format!("{}, {}", data.title, data.y), text(20, BLACK))
+        .margin(14)
+        .x_label_area_size(46)
+        .y_label_area_size(64)
+        .build_cartesian_2d((left..right * 1.3).log_scale(), 0.0..data.top() * 1.25)
+        .map_err(io)?;
+    chart
+        .configure_mesh()
+        .light_line_style(WHITE)
+        .bold_line_style(GREY.mix(0.25))
+        .x_desc(&data.x)
+        .x_label_formatter(&|value| number(*value).replace(".00", "").replace(".0", ""))
+        .y_label_formatter(&|value| number(*value))
+        .y_labels(6)
+        .label_style(text(15, BLACK))
+        .axis_desc_style(text(16, BLACK))
+        .draw()
+        .map_err(io)?;
+    for (index, line) in data.lines.iter().enumerate() {
+        let colour = colour(&line.side, index);
+        chart
+            .draw_series(LineSeries::new(
+                line.points.iter().copied(),
+                colour.stroke_width(3),
+            ))
+            .map_err(io)?
+            .label(&line.name)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], colour.stroke_width(3)));
+        let dots = line.points.iter();
+        chart
+            .draw_series(dots.map(|point| Circle::new(*point, 5, colour.filled())))
+            .map_err(io)?;
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperRight)
+        .legend_area_size(26)
+        .background_style(WHITE.mix(0.8))
+        .label_font(text(15, BLACK))
+        .draw()
+        .map_err(io)
+}
