@@ -82,6 +82,8 @@ pub const DEFAULT_FLOWS: u32 = 65_536;
 /// Notes per CPU and direction. The stack takes packets in batches of up to 64
 /// between the two sightings; this leaves 97 % of them their own place.
 pub const NOTES: u32 = 1_024;
+/// Trails per CPU and direction; a trail that another packet overwrote finds nothing.
+pub const TRAILS: u32 = 4_096;
 /// Candidates per CPU and direction.
 pub const CANDIDATES: u32 = 1_024;
 /// Places in `GENERATIONS`. Two things in one place cost a needless look at the stack, no more.

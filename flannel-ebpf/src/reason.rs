@@ -155,7 +155,7 @@ reasons! {
     LearnOutUnmatched: LearnOut, Kernel, "learn_out_unmatched", "no note of this packet: not from here, another CPU, or changed beyond what can be repeated";
     LearnOutOtherTos: LearnOut, Kernel, "learn_out_other_tos", "the stack changed the TOS byte: not repeatable";
     LearnOutOtherTtl: LearnOut, Kernel, "learn_out_other_ttl", "the stack took other than one hop from the TTL: not repeatable";
-    LearnOutAmbiguous: LearnOut, Kernel, "learn_out_ambiguous", "two packets alike but for their far ends: no translation is believed";
+    LearnOutAmbiguous: LearnOut, Kernel, "learn_out_ambiguous", "two packets alike but for their far ends: neither is believed";
     LearnOutOldGeneration: LearnOut, Kernel, "learn_out_old_generation", "something changed while it was in the stack: does not count";
     LearnOutExcluded: LearnOut, Kernel, "learn_out_excluded", "an address or port that is never bypassed";
     LearnOutNotPeer: LearnOut, Kernel, "learn_out_not_peer", "the tunnel end is not the peer that owns the far pod";
@@ -168,7 +168,7 @@ reasons! {
     LearnInUnmatched: LearnIn, Kernel, "learn_in_unmatched", "no note of this packet: not from here, another CPU, or changed beyond what can be repeated";
     LearnInOtherTos: LearnIn, Kernel, "learn_in_other_tos", "the stack changed the TOS byte: not repeatable";
     LearnInOtherTtl: LearnIn, Kernel, "learn_in_other_ttl", "the stack took other than one hop from the TTL: not repeatable";
-    LearnInAmbiguous: LearnIn, Kernel, "learn_in_ambiguous", "two packets alike but for their far ends: no translation is believed";
+    LearnInAmbiguous: LearnIn, Kernel, "learn_in_ambiguous", "two packets alike but for their far ends: neither is believed";
     LearnInOldGeneration: LearnIn, Kernel, "learn_in_old_generation", "something changed while it was in the stack: does not count";
     LearnInExcluded: LearnIn, Kernel, "learn_in_excluded", "an address or port that is never bypassed";
     LearnInNotPeer: LearnIn, Kernel, "learn_in_not_peer", "no peer owns its source";

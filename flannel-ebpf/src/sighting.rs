@@ -3,19 +3,17 @@
 //! A packet is noted where it enters the stack and looked for where it leaves.
 //! Both happen on one CPU, in batches, so each CPU has a table of notes. The
 //! pod's own end never changes on the way, nor does anything but the far end,
-//! the TTL and the checksums. A note is found in two ways:
-//!
-//! * by all of its flow, which finds what was not translated;
-//! * by a *trail* without the far end, which finds what was. Two live notes
-//!   that only their far ends tell apart make the trail ambiguous: then nothing
-//!   is matched by it, so no pod can marry its packet to another's note.
+//! the TTL and the checksums. So a note is found by a *trail* that leaves the
+//! far end out. Two live notes that only their far ends tell apart make the
+//! trail ambiguous, and then neither is matched: one of them may be a packet
+//! that the stack has dropped, and the other a way to be taken for it.
 
 use network_types::{ip::Ipv4Hdr, tcp::TcpHdr, udp::UdpHdr};
 
 use crate::{
     frame::Frame,
     hash, header,
-    layout::{FlowKey, NOTES, Note, Trail},
+    layout::{FlowKey, NOTES, Note, TRAILS, Trail},
     packet::Packet,
 };
 
@@ -102,7 +100,7 @@ pub const fn places(note: &Note, way: Way, seed: u32) -> Places {
     let whole = hash::mix(constant, hash::flow(&note.key, seed));
     Places {
         note: (whole >> 40) as u32 % NOTES,
-        trail: (constant >> 40) as u32 % NOTES,
+        trail: (constant >> 40) as u32 % TRAILS,
     }
 }
 
@@ -136,8 +134,10 @@ pub fn laid(trail: Trail, held: Option<&Note>, new: &Note, place: u32, way: Way)
                 && held.key != new.key
         });
     // Ambiguity outlives a note that was matched: a third twin may be on its way.
-    let still =
-        trail.ambiguous != 0 && held.is_some_and(|held| new.at.wrapping_sub(held.at) <= PATIENCE);
+    let still = trail.ambiguous != 0
+        && held.is_some_and(|held| {
+            new.at.wrapping_sub(held.at) <= PATIENCE && equal_beside_the_far_end(held, new, way)
+        });
     Trail {
         note: place as u16 + 1,
         ambiguous: u16::from(twin || still),
@@ -160,11 +160,8 @@ pub enum Match {
 /// Compares a waiting note with a packet at its second sighting.
 #[inline(always)]
 #[must_use]
-pub fn compare(noted: &Note, leaving: &Note, way: Way, translated: bool) -> Match {
-    if !is_waiting(noted, leaving.at)
-        || !equal_beside_the_far_end(noted, leaving, way)
-        || (!translated && noted.key != leaving.key)
-    {
+pub fn compare(noted: &Note, leaving: &Note, way: Way) -> Match {
+    if !is_waiting(noted, leaving.at) || !equal_beside_the_far_end(noted, leaving, way) {
         return Match::None;
     }
     if noted.tos != leaving.tos {
@@ -208,30 +205,29 @@ mod tests {
     #[test]
     fn a_routed_packet_is_its_notes() {
         let note = one();
-        assert_eq!(compare(&note, &routed(&note), Way::Out, false), Match::Same);
-        assert_eq!(compare(&note, &note, Way::Out, false), Match::OtherTtl);
+        assert_eq!(compare(&note, &routed(&note), Way::Out), Match::Same);
+        assert_eq!(compare(&note, &note, Way::Out), Match::OtherTtl);
         let marked = Note {
             tos: 4,
             ..routed(&note)
         };
-        assert_eq!(compare(&note, &marked, Way::Out, false), Match::OtherTos);
+        assert_eq!(compare(&note, &marked, Way::Out), Match::OtherTos);
     }
 
     #[test]
-    fn translation_of_the_far_end_is_found_by_the_trail_alone() {
+    fn translation_of_the_far_end_is_found() {
         let note = one();
         let mut leaving = routed(&note);
         leaving.key.dst = [10, 244, 9, 9];
         leaving.key.dport = [1, 2];
-        assert_eq!(compare(&note, &leaving, Way::Out, false), Match::None);
-        assert_eq!(compare(&note, &leaving, Way::Out, true), Match::Same);
+        assert_eq!(compare(&note, &leaving, Way::Out), Match::Same);
         let seed = 77;
         assert_eq!(
             places(&note, Way::Out, seed).trail,
             places(&leaving, Way::Out, seed).trail
         );
         // On the way in that is the pod's end, which never changes.
-        assert_eq!(compare(&note, &leaving, Way::In, true), Match::None);
+        assert_eq!(compare(&note, &leaving, Way::In), Match::None);
     }
 
     #[test]
@@ -241,9 +237,9 @@ mod tests {
             at: note.at + PATIENCE + 1,
             ..routed(&note)
         };
-        assert_eq!(compare(&note, &late, Way::Out, false), Match::None);
+        assert_eq!(compare(&note, &late, Way::Out), Match::None);
         let used = Note { live: 0, ..note };
-        assert_eq!(compare(&used, &routed(&note), Way::Out, false), Match::None);
+        assert_eq!(compare(&used, &routed(&note), Way::Out), Match::None);
     }
 
     #[test]
@@ -267,6 +263,19 @@ mod tests {
     }
 
     #[test]
+    fn a_stranger_in_the_trail_takes_neither_its_place_nor_its_doubt() {
+        let first = one();
+        let mut stranger = first;
+        stranger.seq = [9; 4];
+        let doubtful = Trail {
+            note: 6,
+            ambiguous: 1,
+        };
+        let trail = laid(doubtful, Some(&first), &stranger, 7, Way::Out);
+        assert_eq!((trail.note, trail.ambiguous), (8, 0));
+    }
+
+    #[test]
     fn the_same_flow_again_is_no_twin() {
         let first = one();
         let trail = laid(Trail::default(), None, &first, 5, Way::Out);
@@ -287,7 +296,7 @@ mod tests {
             // Beyond what is compared: data offset, checksum, urgent pointer, the 17th payload byte on.
             prop_assume!(!matches!(at, 32 | 36..=39 | 56..));
             let leaving = routed(&Note { at: 1000, ..noted(&other) });
-            prop_assert_eq!(compare(&one(), &leaving, Way::Out, true), Match::None);
+            prop_assert_eq!(compare(&one(), &leaving, Way::Out), Match::None);
         }
     }
 }

@@ -5,10 +5,10 @@
 //! subnet file, first snapshot in the kernel, then ready.
 
 mod firewall;
+mod peers;
 mod republish;
 
 use std::{
-    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -34,7 +34,7 @@ use crate::{
         tunnel_mtu::TunnelMtu,
     },
     health::{self, Health},
-    lease::{Lease, LeaseAttributes, SubnetKey, table::LeaseTable},
+    lease::{Lease, LeaseAttributes},
     network::{BackendConfig, FastPath, NetworkConfig},
     reconcile::{self, Inputs, NodeSetup, Peers, Reconciler, Told},
     renewal,
@@ -325,7 +325,7 @@ async fn forward(
         options.renew_margin,
     ));
     let own_key = own_lease.borrow().key;
-    let mut follow = tokio::spawn(follow(source, own_key, peers_sender, revoked_sender));
+    let mut follow = tokio::spawn(peers::follow(source, own_key, peers_sender, revoked_sender));
     tokio::spawn(async move {
         if became_ready.await.is_ok() {
             info!("ready: every known peer is in the kernel");
@@ -488,58 +488,4 @@ fn announce(options: &Options, network: &NetworkConfig, subnet: Ipv4Net, mtu: u3
         ip_masq: options.ip_masq,
     };
     Announced::begin(options.subnet_file.clone(), file)
-}
-
-/// Carries lease events into the wanted state, and tells the renewal when the own lease went.
-async fn follow(
-    source: Arc<dyn LeaseSource>,
-    own_key: SubnetKey,
-    peers: watch::Sender<Peers>,
-    revoked: mpsc::Sender<()>,
-) {
-    let mut table = LeaseTable::new(&own_key);
-    let mut said_skipped = BTreeMap::new();
-    loop {
-        let mut events = match source.watch().await {
-            Ok(events) => events,
-            Err(error) => {
-                warn!(
-                    error = format!("{error:#}"),
-                    "cannot watch leases; trying again"
-                );
-                peers.send_modify(|peers| peers.in_sync = false);
-                tokio::time::sleep(CONFIG_RETRY).await;
-                continue;
-            }
-        };
-        while let Some(event) = events.recv().await {
-            let had_own = table.own().is_some();
-            let changed = table.apply(event);
-            if had_own && table.own().is_none() {
-                let _ = revoked.try_send(());
-            }
-            if !changed && peers.borrow().in_sync {
-                continue;
-            }
-            let (forwarding, skipped) = vxlan::forwarding_table(&table);
-            let skipped: BTreeMap<SubnetKey, String> = skipped
-                .into_iter()
-                .map(|lease| (lease.key, lease.reason.to_string()))
-                .collect();
-            for (key, reason) in skipped
-                .iter()
-                .filter(|(key, reason)| said_skipped.get(*key) != Some(*reason))
-            {
-                warn!(subnet = %key, reason, "lease left out");
-            }
-            said_skipped = skipped;
-            peers.send_modify(|peers| {
-                peers.table = Arc::new(forwarding);
-                peers.in_sync = true;
-            });
-        }
-        warn!("the watch on leases ended; starting it again");
-        peers.send_modify(|peers| peers.in_sync = false);
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
 }

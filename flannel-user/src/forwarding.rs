@@ -36,17 +36,24 @@ pub struct Changes {
 
 impl Changes {
     /// The difference, in order of the subnets. Whole entries are compared, and both
-    /// tables are walked, so that nothing left over survives.
+    /// tables are walked side by side, so that nothing left over survives.
     #[must_use]
     pub fn between(actual: &ForwardingTable, wanted: &ForwardingTable) -> Self {
-        let entries = |table: &ForwardingTable, keep: &dyn Fn(&Ipv4Net, &Via) -> bool| {
-            let kept = table.0.iter().filter(|(subnet, via)| keep(subnet, via));
-            kept.map(|(subnet, via)| (*subnet, *via)).collect()
-        };
-        Self {
-            upsert: entries(wanted, &|subnet, via| actual.0.get(subnet) != Some(via)),
-            remove: entries(actual, &|subnet, _| !wanted.0.contains_key(subnet)),
+        let mut changes = Self::default();
+        let mut old = actual.0.iter().peekable();
+        for (subnet, via) in &wanted.0 {
+            while let Some((gone, was)) = old.next_if(|(other, _)| *other < subnet) {
+                changes.remove.push((*gone, *was));
+            }
+            let same = old.next_if(|(other, _)| *other == subnet);
+            if same.is_none_or(|(_, was)| was != via) {
+                changes.upsert.push((*subnet, *via));
+            }
         }
+        changes
+            .remove
+            .extend(old.map(|(subnet, via)| (*subnet, *via)));
+        changes
     }
 
     /// True when the tables were equal.

@@ -38,8 +38,10 @@ use crate::{
     lease::Lease,
     network::FastPath,
     observe::status::{
-        CounterStatus, KernelStatus, NodeStatus, PeerStatus, PodStatus, SourceStatus, Status,
+        ConflictStatus, CounterStatus, KernelStatus, NodeStatus, PeerStatus, PodStatus,
+        SourceStatus, Status,
     },
+    source::Conflict,
     uplink::{Uplink, follow::Followed},
 };
 
@@ -55,6 +57,8 @@ const BURST: Duration = Duration::from_millis(10);
 pub struct Peers {
     /// The way to each peer.
     pub table: Arc<ForwardingTable>,
+    /// Claims of other agents on what this one holds.
+    pub conflicts: Vec<Conflict>,
     /// A snapshot has been applied and the source has no known fault.
     pub in_sync: bool,
 }
@@ -258,7 +262,8 @@ impl Reconciler {
                         return;
                     }
                     self.peers = peers.borrow_and_update().clone();
-                    dirty = Dirty { pods: ready.is_some(), ..Dirty::ALL };
+                    let kernel = ready.is_some() || !self.follow_peers().await;
+                    dirty = Dirty { kernel, pods: ready.is_some(), ..Dirty::ALL };
                 }
                 Ok(()) = uplink.changed() => {
                     dirty = self.take_up(uplink.borrow_and_update().clone());
@@ -296,6 +301,11 @@ impl Reconciler {
 
     /// Which parts an event concerns.
     fn affected(&mut self, event: &KernelEvent) -> Dirty {
+        if matches!(event, KernelEvent::Neighbours { fdb: true, origin, .. } if origin.port == 0)
+            && self.netlink.takes_echo()
+        {
+            return Dirty::default();
+        }
         let dirty = concerns(event, self.device.index, self.netlink.port());
         if dirty.next_hops {
             self.routes_settled = false;
@@ -320,6 +330,18 @@ impl Reconciler {
         }
         let wanted = self.wanted();
         self.switch.apply(&wanted, dirty.thorough);
+    }
+
+    /// Programs peers that came or went and nothing else; false where a full pass has to.
+    async fn follow_peers(&mut self) -> bool {
+        let table = Arc::clone(&self.peers.table);
+        match self.netlink.follow(&table).await {
+            Some(pass) => {
+                self.note(&pass);
+                true
+            }
+            None => false,
+        }
     }
 
     fn note(&mut self, pass: &Pass) {
@@ -509,6 +531,11 @@ impl Reconciler {
                 bytes: tally.bytes,
                 text: reason.text().to_owned(),
             });
+        let conflicts = self.peers.conflicts.iter().map(|conflict| ConflictStatus {
+            subnet: conflict.subnet.v4,
+            node: conflict.node,
+            text: conflict.quarrel.to_string(),
+        });
         let expires = self.own_lease.borrow().expires;
         let expires = expires.and_then(|end| end.duration_since(SystemTime::UNIX_EPOCH).ok());
         Status {
@@ -533,6 +560,7 @@ impl Reconciler {
                 in_sync: self.peers.in_sync,
                 lease_expires: expires.map(|expires| expires.as_secs()),
             },
+            conflicts: conflicts.collect(),
             peers: peers.collect(),
             pods: pods.collect(),
             counters: counters.collect(),

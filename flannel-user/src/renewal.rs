@@ -62,18 +62,21 @@ pub async fn keep(
             }
             Err(cause) => {
                 error!(subnet = %lease.key.v4, error = %cause, "cannot renew the lease; trying again");
-                pause = if taken_away || is_news || has_ended(&held) {
-                    RETAKE_RETRY
-                } else {
-                    RETRY
-                };
+                let urgent = taken_away || is_news;
+                pause = after_a_failure(&held, urgent, SystemTime::now());
             }
         }
     }
 }
 
-fn has_ended(lease: &Lease) -> bool {
-    lease.expires.is_some_and(|end| end <= SystemTime::now())
+/// Pause before the next attempt at a lease that is held still, or is lost already.
+fn after_a_failure(lease: &Lease, urgent: bool, now: SystemTime) -> Duration {
+    let has_ended = lease.expires.is_some_and(|end| end <= now);
+    if urgent || has_ended {
+        RETAKE_RETRY
+    } else {
+        RETRY
+    }
 }
 
 /// Time from `now` to the moment of renewal. A margin longer than the lease
@@ -131,5 +134,17 @@ mod tests {
             until_renewal(&past, Duration::from_secs(60), now),
             Duration::ZERO
         );
+    }
+
+    #[test]
+    fn a_failed_renewal_is_tried_again_in_a_minute_and_a_lost_lease_at_once() {
+        let now = SystemTime::now();
+        let held = lease(Some(Duration::from_secs(3600)), now);
+        let minute = Duration::from_secs(60);
+        assert_eq!(after_a_failure(&held, false, now), minute);
+        assert_eq!(after_a_failure(&held, true, now), RETAKE_RETRY);
+        let after = now + Duration::from_secs(3600);
+        assert_eq!(after_a_failure(&held, false, after), RETAKE_RETRY);
+        assert_eq!(after_a_failure(&lease(None, now), false, after), minute);
     }
 }

@@ -467,6 +467,42 @@ fn a_peer_may_change_its_mac_and_its_address() {
 }
 
 #[test]
+fn peers_that_come_and_go_are_followed_without_a_look() {
+    in_new_namespace(|| async {
+        let (mut datapath, _) = start(&uplink(1500)).await;
+        let unknown = datapath.follow(&table(PEERS)).await;
+        assert!(unknown.is_none(), "nothing is known before the first pass");
+        settle(&mut datapath, &table(PEERS)).await;
+        while datapath.takes_echo() {}
+
+        let third = ("10.244.3.0/24", "192.168.50.4", "02:11:22:33:44:77");
+        let three = [PEERS[0], PEERS[1], third];
+        let pass = datapath.follow(&table(&three)).await.expect("followed");
+        assert_eq!((pass.installed, pass.removed, pass.repaired), (3, 0, 0));
+        assert_peers_are_programmed(&three);
+        // One FDB entry was set: one event of it is our own, and only for a moment.
+        assert!(datapath.takes_echo() && !datapath.takes_echo());
+        let pass = datapath.follow(&table(&three[1..])).await;
+        assert_eq!(pass.expect("followed").removed, 3);
+        assert_peers_are_programmed(&three[1..]);
+        tokio::time::sleep(Duration::from_millis(250)).await;
+        assert!(!datapath.takes_echo());
+        assert!(datapath.reconcile(&table(&three[1..])).await.is_quiet());
+
+        // Another way to a known peer, and a device that is gone, need the whole.
+        let moved = [PEERS[1], ("10.244.3.0/24", "192.168.50.9", third.2)];
+        assert!(datapath.follow(&table(&moved)).await.is_none());
+        settle(&mut datapath, &table(&moved)).await;
+        assert_peers_are_programmed(&moved);
+        run("ip link delete flannel.1");
+        let more = [PEERS[0], moved[0], moved[1]];
+        assert!(datapath.follow(&table(&more)).await.is_none());
+        settle(&mut datapath, &table(&more)).await;
+        assert_peers_are_programmed(&more);
+    });
+}
+
+#[test]
 fn a_strangers_route_to_a_peers_subnet_is_replaced() {
     in_new_namespace(|| async {
         let (mut datapath, _) = start(&uplink(1500)).await;
@@ -547,6 +583,20 @@ fn ten_thousand_peers_take_about_a_second() {
             let quiet = datapath.reconcile(&table).await;
             let check = begin.elapsed();
             assert!(quiet.is_quiet());
+            let mut one_more = table.clone();
+            let via = Via::Vxlan {
+                node: Ipv4Addr::new(172, 31, 0, 1),
+                vtep_mac: MacAddr([2, 9, 9, 9, 9, 9]),
+            };
+            one_more
+                .0
+                .insert("11.0.0.0/24".parse().expect("a subnet"), via);
+            let begin = Instant::now();
+            let pass = datapath.follow(&one_more).await.expect("followed");
+            let follow = begin.elapsed();
+            assert_eq!(pass.installed, 3);
+            assert!(follow < check / 3, "{follow:?} against a look of {check:?}");
+            assert!(datapath.follow(&table).await.is_some());
             run("ip link delete flannel.1");
             let begin = Instant::now();
             let pass = datapath.reconcile(&table).await;
@@ -557,7 +607,7 @@ fn ten_thousand_peers_take_about_a_second() {
             let remove = begin.elapsed();
             assert_eq!(pass.removed, 3 * peers as usize);
             eprintln!(
-                "{peers} peers: install {install:?}, quiet pass {check:?}, device deleted and all put back {reprogram:?}, remove {remove:?}"
+                "{peers} peers: install {install:?}, quiet pass {check:?}, one more {follow:?}, device deleted and all put back {reprogram:?}, remove {remove:?}"
             );
             assert!(install.as_secs() < 5, "{peers} peers took {install:?}");
         }

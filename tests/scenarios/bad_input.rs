@@ -307,3 +307,44 @@ fn traffic_keeps_running_when_the_next_agent_is_refused_its_programs() {
         cluster.expect_paths_of_modes(&watch, 500, 500)
     });
 }
+
+#[test]
+fn row_23_11_claims_of_others_show_in_the_status() {
+    scenario(2, |lab| {
+        let cluster = Cluster::start(lab, &[Ebpf])?;
+        let (a, _) = cluster.nodes();
+        ensure!(a.status()?.conflicts.is_empty());
+        let subnets = a.lease_dir().join("subnets");
+        let own = subnets.join(format!("{}-24", a.subnet()?.network()));
+        let lease = fs::read_to_string(&own)?;
+
+        // A second lease with this node's address.
+        let second = subnets.join("10.244.222.0-24");
+        fs::write(&second, &lease)?;
+        in_conflict(a, &["10.244.222.0/24", "carries this node's public IP"])?;
+        fs::remove_file(&second)?;
+        without_conflict(a)?;
+
+        // Another node in this node's lease.
+        let address = a.public_ip().to_string();
+        fs::write(&own, lease.replace(&address, "172.18.0.77"))?;
+        in_conflict(a, &["172.18.0.77", "two nodes use one subnet"])?;
+        fs::write(&own, &lease)?;
+        without_conflict(a)?;
+        exchange::udp_round_trips(&cluster.client, &cluster.server, 100).map(drop)
+    });
+}
+
+fn in_conflict(node: &Node, says: &[&str]) -> Result<()> {
+    wait::until_true("the status names it", Duration::from_secs(5), || {
+        let text = node.flannelctl(&["status"])?;
+        let mut lines = text.lines().filter(|line| line.contains("CONFLICT over"));
+        Ok(lines.any(|line| says.iter().all(|word| line.contains(word))))
+    })
+}
+
+fn without_conflict(node: &Node) -> Result<()> {
+    wait::until_true("it is over", Duration::from_secs(5), || {
+        Ok(node.status()?.conflicts.is_empty())
+    })
+}

@@ -310,7 +310,7 @@ fn requests_and_responses_are_timed() {
                 0,
             )?;
             ensure!(
-                report.transactions > 1000 && report.p50_us > 1.0,
+                report.transactions > 1000 && report.latency.p50_us > 1.0,
                 "{report:?}"
             );
             println!("{protocol}: {:.0} per second", report.per_second);

@@ -6,6 +6,7 @@
 //! ```
 
 mod bad_input;
+mod etcd_faults;
 mod forged;
 mod health;
 mod lab_itself;
@@ -24,6 +25,8 @@ mod pairings;
 mod pods;
 mod repair;
 mod restart;
+mod restart_firewall;
+mod several_agents;
 mod switching;
 mod uplink_changes;
 mod wire;

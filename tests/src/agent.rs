@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, File},
+    net::SocketAddrV4,
     path::PathBuf,
     process::{Child, Command, ExitStatus, Stdio},
     sync::atomic::{AtomicU32, Ordering},
@@ -34,12 +35,20 @@ pub struct AgentOptions {
     pub fast_path: &'static str,
     /// `--iface`.
     pub uplink: &'static str,
+    /// Where leases come from, as arguments; the lab's lease directory unless told otherwise.
+    pub registry: Option<Vec<String>>,
     /// Further arguments.
     pub arguments: Vec<String>,
     /// Further environment.
     pub environment: Vec<(&'static str, String)>,
     /// With the rights to load programs.
     pub bpf: bool,
+    /// Another `flanneld` than the one under test.
+    pub program: Option<PathBuf>,
+    /// Leases from etcd at this address instead of the lab's directory.
+    pub etcd: Option<SocketAddrV4>,
+    /// With no flag that the original flannel lacks: everything else by default.
+    pub plain: bool,
 }
 
 impl Default for AgentOptions {
@@ -48,9 +57,13 @@ impl Default for AgentOptions {
             datapath: "ebpf",
             fast_path: "direct",
             uplink: UPLINK,
+            registry: None,
             arguments: Vec::new(),
             environment: Vec::new(),
             bpf: true,
+            program: None,
+            etcd: None,
+            plain: false,
         }
     }
 }
@@ -72,6 +85,13 @@ impl AgentOptions {
     #[must_use]
     pub fn fast_path(mut self, fast_path: &'static str) -> Self {
         self.fast_path = fast_path;
+        self
+    }
+
+    /// With leases from another registry.
+    #[must_use]
+    pub fn registry(mut self, arguments: Vec<String>) -> Self {
+        self.registry = Some(arguments);
         self
     }
 
@@ -97,7 +117,7 @@ impl AgentOptions {
     }
 
     fn command(&self, node: &Node) -> Result<Command> {
-        let flanneld = binaries::flanneld()?;
+        let flanneld = self.program.clone().map_or_else(binaries::flanneld, Ok)?;
         let mut command = if self.bpf {
             node.namespace().command(flanneld)
         } else {
@@ -107,20 +127,26 @@ impl AgentOptions {
                 .arg(flanneld);
             command
         };
+        match (&self.registry, self.etcd) {
+            (Some(arguments), _) => command.args(arguments),
+            (None, Some(at)) => command.arg(format!("--etcd-endpoints=http://{at}")),
+            (None, None) => command.arg("--lease-dir").arg(node.lease_dir()),
+        };
         command
-            .arg("--lease-dir")
-            .arg(node.lease_dir())
             .args(["--subnet-file", SUBNET_FILE])
-            .args(["--control-socket", CONTROL_SOCKET])
             .args(["--iface", self.uplink])
-            .args(["--datapath", self.datapath])
-            .args(["--fast-path", self.fast_path])
             // Scenarios that are about the firewall say so themselves.
             .arg("--iptables-forward-rules=false")
             .args(&self.arguments)
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::null());
+        if !self.plain {
+            command
+                .args(["--control-socket", CONTROL_SOCKET])
+                .args(["--datapath", self.datapath])
+                .args(["--fast-path", self.fast_path]);
+        }
         Ok(command)
     }
 }

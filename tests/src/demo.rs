@@ -222,7 +222,7 @@ fn compare(cluster: &Cluster) -> Result<()> {
                 CPU,
             )?;
             figures.per_second.push(rr.per_second);
-            figures.latency_us.push(rr.p50_us);
+            figures.latency_us.push(rr.latency.p50_us);
             let stream = exchange::stream(client, server, "up", 400_000_000)?;
             let received = stream.server.received.context("the server received")?;
             figures.gbit.push(received.gbit_per_second());

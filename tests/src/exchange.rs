@@ -408,9 +408,27 @@ pub fn request_response(
     Ok(report)
 }
 
+/// A counter of `/proc/net/snmp`: a line of names, then a line of values.
+#[must_use]
+pub fn snmp(text: &str, protocol: &str, name: &str) -> Option<u64> {
+    let mut lines = text
+        .lines()
+        .filter_map(|line| line.strip_prefix(protocol)?.strip_prefix(": "));
+    let (names, values) = (lines.next()?, lines.next()?);
+    let index = names.split(' ').position(|candidate| candidate == name)?;
+    values.split(' ').nth(index)?.parse().ok()
+}
+
 #[cfg(test)]
 mod tests {
-    use super::slowest_second;
+    use super::{slowest_second, snmp};
+
+    #[test]
+    fn a_counter_is_found_by_its_name() {
+        let text = "Ip: A B\nIp: 1 2\nTcp: InErrs OutRsts\nTcp: 3 4\nTcpExt: OutRsts\nTcpExt: 9\n";
+        assert_eq!(snmp(text, "Tcp", "OutRsts"), Some(4));
+        assert_eq!(snmp(text, "Udp", "OutRsts"), None);
+    }
 
     #[test]
     fn a_second_of_standstill_is_found() {

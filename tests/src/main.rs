@@ -6,7 +6,7 @@ use lab::{
     bench, demo, guest,
     lab::Lab,
     namespace::{self, Kind},
-    original, scratch,
+    original, scale, scratch,
     traffic::Tool,
 };
 
@@ -40,6 +40,8 @@ enum Command {
     },
     /// Compare the paths by what a request and its response cost.
     Bench(bench::BenchArgs),
+    /// Measure starts, changes and memory with thousands of leases in an etcd.
+    Scale(scale::ScaleArgs),
     /// Set up a cluster and tell a short story with live figures.
     Demo(demo::DemoArgs),
     /// Check this kernel with both datapaths (run inside guest kernels).
@@ -54,6 +56,7 @@ fn main() -> Result<()> {
             namespace::hold(if mounts { Kind::Node } else { Kind::Network })
         }
         Command::Bench(args) => bench::run(&args),
+        Command::Scale(args) => scale::run(&args),
         Command::Up { nodes, pods } => up(nodes, pods),
         Command::Demo(args) => demo::run(&args),
         Command::Guest(args) => guest::run(&args),

@@ -313,6 +313,17 @@ impl Namespace {
             .with_context(|| format!("{}: cannot read {path}", self.name))
     }
 
+    /// Packets that an interface received and sent. Asked of the thread's own
+    /// `/proc`, since pods share the host's `/sys`.
+    ///
+    /// # Errors
+    /// When there is no such interface.
+    pub fn packets_of(&self, interface: &str) -> Result<(u64, u64)> {
+        let text = self.read("/proc/thread-self/net/dev")?;
+        packets_of(&text, interface)
+            .with_context(|| format!("{}: no interface {interface} in\n{text}", self.name))
+    }
+
     /// Whether a path exists inside.
     ///
     /// # Errors
@@ -327,6 +338,17 @@ impl Drop for Namespace {
         let _ = self.holder.kill();
         let _ = self.holder.wait();
     }
+}
+
+/// `name: bytes packets errs drop fifo frame compressed multicast bytes packets …`
+fn packets_of(text: &str, interface: &str) -> Option<(u64, u64)> {
+    let counters = text
+        .lines()
+        .find_map(|line| line.trim().strip_prefix(interface)?.strip_prefix(':'))?;
+    let mut counters = counters.split_whitespace().map(str::parse);
+    let received = counters.nth(1)?.ok()?;
+    let sent = counters.nth(7)?.ok()?;
+    Some((received, sent))
 }
 
 fn sysctl_path(key: &str) -> String {
@@ -381,7 +403,14 @@ fn mount_like_a_node() -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::sysctl_path;
+    use super::{packets_of, sysctl_path};
+
+    #[test]
+    fn packets_of_an_interface() {
+        let text = "Inter-|   Receive\n face |bytes    packets\n  eth01: 1 2 3 4 5 6 7 8 9 10 11\n  eth0: 100 7 0 0 0 0 0 0 200 9 0 0\n";
+        assert_eq!(packets_of(text, "eth0"), Some((7, 9)));
+        assert_eq!(packets_of(text, "eth1"), None);
+    }
 
     #[test]
     fn a_dot_in_an_interface_name_is_written_as_a_slash() {

@@ -7,6 +7,7 @@ mod command;
 mod demo;
 mod kernels;
 mod lab;
+mod scale;
 mod setup;
 mod test;
 mod workspace;
@@ -27,6 +28,8 @@ enum Verb {
     Demo(demo::Options),
     /// Compare the paths: host, kernel VXLAN, eBPF.
     Bench(bench::Options),
+    /// Measure starts, changes and memory with 1 to 10,000 leases in an etcd.
+    Scale(scale::Options),
     /// Run every test: pure logic, programs, scenarios against the real kernel.
     Test(test::Options),
     /// Formatting, lints and documentation, all without warnings.
@@ -52,6 +55,7 @@ fn run(verb: &Verb) -> anyhow::Result<()> {
         Verb::BuildEbpf(options) => build_ebpf::run(options),
         Verb::Demo(options) => demo::run(options),
         Verb::Bench(options) => bench::run(options),
+        Verb::Scale(options) => scale::run(options),
         Verb::Test(options) => test::run(options),
         Verb::Check(options) => check::run(options),
         Verb::Kernels(options) => kernels::run(options),

@@ -9,7 +9,7 @@ use flannel_ebpf::{
     layout::{
         CANDIDATES, Candidate, DEFAULT_FLOWS, Epoch, FlowKey, GENERATION_SLOTS, InFlow, LocalPod,
         MAX_EXCLUDED_SUBNETS, MAX_LOCAL_PODS, MAX_REMOTE_SUBNETS, NOTES, NodeConfig, Note, OutFlow,
-        PORT_WORDS, RemoteSubnet, TEMPLATE_LEN, Tally, Trail,
+        PORT_WORDS, RemoteSubnet, TEMPLATE_LEN, TRAILS, Tally, Trail,
     },
     reason::Reason,
     sighting::Way,
@@ -51,10 +51,10 @@ static NOTES_OUT: PerCpuArray<Note> = PerCpuArray::with_max_entries(NOTES, 0);
 static NOTES_IN: PerCpuArray<Note> = PerCpuArray::with_max_entries(NOTES, 0);
 
 #[map]
-static TRAILS_OUT: PerCpuArray<Trail> = PerCpuArray::with_max_entries(NOTES, 0);
+static TRAILS_OUT: PerCpuArray<Trail> = PerCpuArray::with_max_entries(TRAILS, 0);
 
 #[map]
-static TRAILS_IN: PerCpuArray<Trail> = PerCpuArray::with_max_entries(NOTES, 0);
+static TRAILS_IN: PerCpuArray<Trail> = PerCpuArray::with_max_entries(TRAILS, 0);
 
 #[map]
 static CANDIDATES_OUT: PerCpuArray<Candidate> = PerCpuArray::with_max_entries(CANDIDATES, 0);

@@ -72,25 +72,19 @@ fn find(leaving: &Note, node: &NodeConfig, way: Way) -> Result<Found, Reason> {
     };
     let unmatched = reason(Reason::LearnOutUnmatched, Reason::LearnInUnmatched);
     let places = sighting::places(leaving, way, node.seed);
-    let slot = maps::note(way, places.note).ok_or(unmatched)?;
     // SAFETY: per-CPU values; programs at TC do not interrupt each other on one CPU.
-    let (slot, outcome) = unsafe {
-        match sighting::compare(&*slot, leaving, way, false) {
-            Match::None => {
-                let trail = *maps::trail(way, places.trail).ok_or(unmatched)?;
-                if trail.note == 0 {
-                    return Err(unmatched);
-                }
-                let slot = maps::note(way, u32::from(trail.note) - 1).ok_or(unmatched)?;
-                let outcome = sighting::compare(&*slot, leaving, way, true);
-                if outcome != Match::None && trail.ambiguous != 0 {
-                    return Err(reason(Reason::LearnOutAmbiguous, Reason::LearnInAmbiguous));
-                }
-                (slot, outcome)
-            }
-            outcome => (slot, outcome),
+    let (slot, outcome, ambiguous) = unsafe {
+        let trail = *maps::trail(way, places.trail).ok_or(unmatched)?;
+        if trail.note == 0 {
+            return Err(unmatched);
         }
+        let slot = maps::note(way, u32::from(trail.note) - 1).ok_or(unmatched)?;
+        let outcome = sighting::compare(&*slot, leaving, way);
+        (slot, outcome, trail.ambiguous != 0)
     };
+    if ambiguous && outcome != Match::None {
+        return Err(reason(Reason::LearnOutAmbiguous, Reason::LearnInAmbiguous));
+    }
     match outcome {
         Match::None => return Err(unmatched),
         Match::OtherTos => return Err(reason(Reason::LearnOutOtherTos, Reason::LearnInOtherTos)),

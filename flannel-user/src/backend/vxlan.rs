@@ -12,7 +12,7 @@
 //!
 //! This module only says which peer is reached how; the datapaths program it.
 
-use std::net::Ipv4Addr;
+use std::{collections::BTreeMap, net::Ipv4Addr, sync::Arc};
 
 use crate::{
     forwarding::{ForwardingTable, Via},
@@ -60,12 +60,14 @@ pub fn attributes(public_ip: Ipv4Addr, vtep_mac: MacAddr, vni: u32) -> LeaseAttr
     LeaseAttributes::vxlan(public_ip, data)
 }
 
-/// The way to every peer, and the leases that give none, in order of their keys.
+/// The way to each of these peers, and the leases that give none, in order of their keys.
 #[must_use]
-pub fn forwarding_table(table: &LeaseTable) -> (ForwardingTable, Vec<Skipped>) {
+pub fn forwarding_table<'a>(
+    peers: impl Iterator<Item = &'a Lease>,
+) -> (ForwardingTable, Vec<Skipped>) {
     let mut forwarding = ForwardingTable::default();
     let mut skipped = Vec::new();
-    for lease in table.peers() {
+    for lease in peers {
         match way_to(lease) {
             Ok(via) => {
                 forwarding.0.insert(lease.key.v4, via);
@@ -77,6 +79,54 @@ pub fn forwarding_table(table: &LeaseTable) -> (ForwardingTable, Vec<Skipped>) {
         }
     }
     (forwarding, skipped)
+}
+
+/// The way to every peer, kept from event to event: a change of one lease costs the reading
+/// of one lease, however many there are.
+#[derive(Debug, Default)]
+pub struct Ways {
+    table: Arc<ForwardingTable>,
+    /// Leases that give no way, with the reason.
+    left_out: BTreeMap<SubnetKey, String>,
+}
+
+impl Ways {
+    /// Follows `leases` after an event about one subnet, or about all of them.
+    /// Names what is left out from now on, or for another reason than before.
+    pub fn follow(&mut self, leases: &LeaseTable, about: Option<&SubnetKey>) -> Vec<Skipped> {
+        let (fresh, skipped) = match about {
+            None => forwarding_table(leases.peers()),
+            // A dual-stack lease and another one may share the IPv4 half.
+            Some(key) => forwarding_table(leases.peers_at(&key.v4)),
+        };
+        let before = std::mem::take(&mut self.left_out);
+        match about {
+            None => self.table = Arc::new(fresh),
+            Some(key) => {
+                let table = Arc::make_mut(&mut self.table);
+                table.0.remove(&key.v4);
+                table.0.extend(fresh.0);
+                let others = before.iter().filter(|(other, _)| other.v4 != key.v4);
+                self.left_out = others.map(|(key, why)| (*key, why.clone())).collect();
+            }
+        }
+        let mut news = Vec::new();
+        for lease in skipped {
+            let reason = lease.reason.to_string();
+            let is_known = before.get(&lease.key) == Some(&reason);
+            self.left_out.insert(lease.key, reason);
+            if !is_known {
+                news.push(lease);
+            }
+        }
+        news
+    }
+
+    /// The way to every peer as of now.
+    #[must_use]
+    pub fn table(&self) -> Arc<ForwardingTable> {
+        Arc::clone(&self.table)
+    }
 }
 
 fn way_to(lease: &Lease) -> Result<Via, SkipReason> {
@@ -130,11 +180,14 @@ mod tests {
 
     #[test]
     fn every_peer_and_only_peers_have_a_way() {
-        let (forwarding, skipped) = forwarding_table(&table_of(vec![
-            lease("10.244.1.0-24", attributes(Ipv4Addr::LOCALHOST, MAC, 1)),
-            lease("10.244.2.0-24", attributes(NODE, MAC, 1)),
-            lease("10.244.3.0-24&fd00::-64", attributes(NODE, MAC, 9)),
-        ]));
+        let (forwarding, skipped) = forwarding_table(
+            table_of(vec![
+                lease("10.244.1.0-24", attributes(Ipv4Addr::LOCALHOST, MAC, 1)),
+                lease("10.244.2.0-24", attributes(NODE, MAC, 1)),
+                lease("10.244.3.0-24&fd00::-64", attributes(NODE, MAC, 9)),
+            ])
+            .peers(),
+        );
         assert!(skipped.is_empty(), "{skipped:?}");
         let via = Via::Vxlan {
             node: NODE,
@@ -181,10 +234,13 @@ mod tests {
     )]
     fn a_bad_lease_is_named_and_costs_no_good_peer(#[case] bad: &str, #[case] says: &str) {
         let bad = LeaseAttributes::from_json(bad).expect("a lease");
-        let (forwarding, skipped) = forwarding_table(&table_of(vec![
-            lease("10.244.2.0-24", attributes(NODE, MAC, 1)),
-            lease("10.244.3.0-24", bad),
-        ]));
+        let (forwarding, skipped) = forwarding_table(
+            table_of(vec![
+                lease("10.244.2.0-24", attributes(NODE, MAC, 1)),
+                lease("10.244.3.0-24", bad),
+            ])
+            .peers(),
+        );
         assert_eq!(forwarding.0.len(), 1);
         let [skipped] = skipped.as_slice() else {
             panic!("one is skipped: {skipped:?}");
@@ -192,5 +248,41 @@ mod tests {
         assert_eq!(skipped.key.to_string(), "10.244.3.0-24");
         let reason = skipped.reason.to_string();
         assert!(reason.contains(says), "{reason}");
+    }
+
+    /// Whatever comes in whatever order: event by event gives what the whole gives.
+    #[test]
+    fn following_event_by_event_gives_the_whole_table() {
+        let mut leases = table_of(Vec::new());
+        let mut ways = Ways::default();
+        assert!(ways.follow(&leases, None).is_empty());
+        let good = |last: u8| attributes(Ipv4Addr::new(192, 168, 50, last), MAC, 1);
+        let bad = LeaseAttributes::plain(NODE);
+        let put = |key: &str, attributes| LeaseEvent::Put(lease(key, attributes));
+        let gone = |key: &str| LeaseEvent::Removed(key.parse().expect("a key"));
+        for (event, said) in [
+            (put("10.244.2.0-24", good(2)), 0),
+            (put("10.244.3.0-24", bad.clone()), 1),
+            (put("10.244.3.0-24", bad.clone()), 0),
+            (put("10.244.4.0-24&fd00::-64", good(4)), 0),
+            (put("10.244.4.0-24", good(5)), 0),
+            (put("10.244.2.0-24", good(6)), 0),
+            (put("10.244.2.0-24", bad), 1),
+            (gone("10.244.4.0-24"), 0),
+            (put("10.244.3.0-24", good(3)), 0),
+            (gone("10.244.2.0-24"), 0),
+            (gone("10.244.9.0-24"), 0),
+        ] {
+            let key = match &event {
+                LeaseEvent::Put(lease) => lease.key,
+                LeaseEvent::Removed(key) => *key,
+                LeaseEvent::Snapshot(_) => unreachable!("none above"),
+            };
+            leases.apply(event);
+            assert_eq!(ways.follow(&leases, Some(&key)).len(), said, "{key}");
+            let (whole, skipped) = forwarding_table(leases.peers());
+            assert_eq!(*ways.table(), whole, "{key}");
+            assert_eq!(ways.left_out.len(), skipped.len(), "{key}");
+        }
     }
 }

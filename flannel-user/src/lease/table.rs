@@ -44,6 +44,18 @@ impl LeaseTable {
         self.peers.values()
     }
 
+    /// The leases of other nodes with exactly this IPv4 subnet, in the same order.
+    pub fn peers_at(&self, subnet: &Ipv4Net) -> impl Iterator<Item = &Lease> {
+        let first = SubnetKey {
+            v4: *subnet,
+            v6: None,
+        };
+        self.peers
+            .range(first..)
+            .map(|(_, lease)| lease)
+            .take_while(move |lease| lease.key.v4 == first.v4)
+    }
+
     /// The own lease as the source last reported it; `None` after its removal.
     /// Another node's public IP in it means that the subnet was taken away.
     #[must_use]

@@ -34,6 +34,9 @@ pub struct Status {
     pub node: NodeStatus,
     /// The lease source.
     pub source: SourceStatus,
+    /// Claims of other agents on this node's subnet or address.
+    #[serde(default)]
+    pub conflicts: Vec<ConflictStatus>,
     /// Every peer, in order of its subnet.
     pub peers: Vec<PeerStatus>,
     /// Every local pod, in order of its address.
@@ -77,6 +80,17 @@ pub struct SourceStatus {
     pub in_sync: bool,
     /// Seconds since 1970 at which the own lease ends; `None` for a reservation.
     pub lease_expires: Option<u64>,
+}
+
+/// Two agents want the same.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConflictStatus {
+    /// The lease in question.
+    pub subnet: Ipv4Net,
+    /// The node that it names.
+    pub node: Ipv4Addr,
+    /// What both want and what to do, in a sentence.
+    pub text: String,
 }
 
 /// One peer.

@@ -52,6 +52,13 @@ pub fn render(status: &Status, all_counters: bool) -> Result<String, fmt::Error>
         status.source.source,
         lease_end(status.source.lease_expires)
     )?;
+    for conflict in &status.conflicts {
+        writeln!(
+            out,
+            "           CONFLICT over {} of node {}: {}",
+            conflict.subnet, conflict.node, conflict.text
+        )?;
+    }
     let fault = status.kernel.last_error.as_deref().unwrap_or("complete");
     writeln!(
         out,
@@ -157,6 +164,7 @@ mod tests {
                 in_sync: true,
                 lease_expires: None,
             },
+            conflicts: Vec::new(),
             peers: vec![PeerStatus {
                 subnet: "10.1.2.0/24".parse().expect("subnet"),
                 node: [192, 0, 2, 2].into(),

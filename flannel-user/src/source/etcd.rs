@@ -27,7 +27,6 @@ mod error;
 mod follower;
 mod keys;
 mod options;
-mod own;
 mod registry;
 mod watch;
 
@@ -42,11 +41,11 @@ pub use self::{
     error::EtcdError,
     options::{Endpoints, EtcdOptions, OptionsError, Secret},
 };
-use self::{keys::Keys, own::Own, registry::Registry};
-use super::{LeaseEvent, LeaseSource, SourceError};
+use self::{keys::Keys, registry::Registry};
+use super::{Conflict, LeaseEvent, LeaseSource, SourceError, own::Own};
 use crate::{
     lease::{Lease, LeaseAttributes},
-    network::NetworkConfig,
+    network::{NetworkConfig, NetworkConfigError},
 };
 
 /// The lease source of `--etcd-endpoints`.
@@ -87,19 +86,27 @@ impl LeaseSource for EtcdSource {
     }
 
     async fn network_config(&self) -> Result<NetworkConfig, SourceError> {
-        let config = async {
-            let key = &self.0.registry.keys().config;
-            let value = self.0.registry.read(key).await?.ok_or_else(|| {
-                anyhow!(
-                    "there is no network config at the key {key} of etcd's API v3; write one, for instance `ETCDCTL_API=3 etcdctl put {key} '{{\"Network\":\"10.244.0.0/16\",\"Backend\":{{\"Type\":\"vxlan\"}}}}'` (what was written through the API v2 is not seen)"
-                )
-            })?;
-            std::str::from_utf8(&value.value)
-                .context("it is no UTF-8 text")
-                .and_then(|text| Ok(text.parse()?))
-                .with_context(|| format!("cannot use the network config at {key}"))
-        };
-        config.await.map_err(SourceError::Retry)
+        let retry = SourceError::Retry;
+        let key = &self.0.registry.keys().config;
+        let read = self.0.registry.read(key).await;
+        let value = read.map_err(|error| retry(error.into()))?.ok_or_else(|| {
+            retry(anyhow!(
+                "there is no network config at the key {key} of etcd's API v3; write one, for instance `ETCDCTL_API=3 etcdctl put {key} '{{\"Network\":\"10.244.0.0/16\",\"Backend\":{{\"Type\":\"vxlan\"}}}}'` (what was written through the API v2 is not seen)"
+            ))
+        })?;
+        let unusable = || format!("cannot use the network config at {key}");
+        let text = std::str::from_utf8(&value.value)
+            .context("it is no UTF-8 text")
+            .with_context(unusable)
+            .map_err(retry)?;
+        text.parse().map_err(|error: NetworkConfigError| {
+            // Waiting would not bring what this version lacks.
+            let outcome = match error.is_final() {
+                true => SourceError::Fatal,
+                false => retry,
+            };
+            outcome(anyhow!(error).context(unusable()))
+        })
     }
 
     async fn acquire(
@@ -115,6 +122,10 @@ impl LeaseSource for EtcdSource {
         claim::renew(&self.0, lease)
             .await
             .map_err(SourceError::Retry)
+    }
+
+    fn conflicts(&self) -> Vec<Conflict> {
+        self.0.own.conflicts()
     }
 
     async fn watch(&self) -> Result<mpsc::Receiver<LeaseEvent>, SourceError> {

@@ -33,12 +33,7 @@ mod directory;
 mod tests;
 mod watch;
 
-use std::{
-    io,
-    path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::anyhow;
 use async_trait::async_trait;
@@ -46,7 +41,7 @@ use ipnet::Ipv4Net;
 use tokio::sync::mpsc;
 
 use self::directory::Directory;
-use super::{LeaseEvent, LeaseSource, SourceError};
+use super::{Conflict, LeaseEvent, LeaseSource, SourceError, own::Own};
 use crate::{
     lease::{Lease, LeaseAttributes},
     network::{NetworkConfig, NetworkConfigError},
@@ -61,21 +56,7 @@ pub struct FileSource(Arc<Shared>);
 struct Shared {
     directory: Directory,
     lease_ttl: Duration,
-    /// The lease that this agent holds, as last acquired or renewed.
-    own: Mutex<Option<Lease>>,
-}
-
-impl Shared {
-    fn own(&self) -> Option<Lease> {
-        self.own
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
-    }
-
-    fn remember(&self, own: &Lease) {
-        *self.own.lock().unwrap_or_else(PoisonError::into_inner) = Some(own.clone());
-    }
+    own: Own,
 }
 
 impl FileSource {
@@ -110,7 +91,7 @@ impl FileSource {
         Ok(Self(Arc::new(Shared {
             directory: Directory::new(dir),
             lease_ttl,
-            own: Mutex::new(None),
+            own: Own::default(),
         })))
     }
 
@@ -144,8 +125,9 @@ impl LeaseSource for FileSource {
     ) -> Result<Lease, SourceError> {
         let (config, attributes) = (config.clone(), attributes.clone());
         self.blocking(move |shared| {
+            shared.own.will_publish(&attributes);
             let lease = claim::acquire(shared, &config, &attributes, previous)?;
-            shared.remember(&lease);
+            shared.own.hold(&lease);
             Ok(lease)
         })
         .await
@@ -154,11 +136,16 @@ impl LeaseSource for FileSource {
     async fn renew(&self, lease: &Lease) -> Result<Lease, SourceError> {
         let lease = lease.clone();
         self.blocking(move |shared| {
+            shared.own.will_publish(&lease.attributes);
             let renewed = claim::renew(shared, &lease).map_err(SourceError::Retry)?;
-            shared.remember(&renewed);
+            shared.own.hold(&renewed);
             Ok(renewed)
         })
         .await
+    }
+
+    fn conflicts(&self) -> Vec<Conflict> {
+        self.0.own.conflicts()
     }
 
     async fn watch(&self) -> Result<mpsc::Receiver<LeaseEvent>, SourceError> {

@@ -2,11 +2,13 @@
 
 pub mod etcd;
 pub mod file;
+mod own;
 
 use async_trait::async_trait;
 use ipnet::Ipv4Net;
 use tokio::sync::mpsc;
 
+pub use self::own::{Conflict, Quarrel};
 use crate::{
     lease::{Lease, LeaseAttributes, SubnetKey},
     network::NetworkConfig,
@@ -58,6 +60,9 @@ pub trait LeaseSource: Send + Sync {
     /// Extends the own lease, or publishes changed attributes under it.
     /// Fails with `Retry` when another node holds the subnet now.
     async fn renew(&self, lease: &Lease) -> Result<Lease, SourceError>;
+
+    /// Claims of other agents on what this one holds, as of the last event of the watch.
+    fn conflicts(&self) -> Vec<Conflict>;
 
     /// Starts watching. Events arrive until the receiver is dropped; faults are
     /// logged and retried inside, one bad value never costs a good lease.

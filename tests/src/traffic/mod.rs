@@ -7,7 +7,10 @@
 pub mod connections;
 pub mod datagrams;
 pub mod epoll;
+pub mod flood;
+pub mod flows;
 pub mod forged;
+pub mod latency;
 pub mod many_flows;
 pub mod pattern;
 pub mod pinger;
@@ -15,6 +18,7 @@ pub mod queue;
 pub mod raw_udp;
 pub mod request_response;
 pub mod route;
+pub mod short_connections;
 pub mod socket;
 pub mod stream;
 
@@ -49,6 +53,20 @@ pub enum Tool {
     RrServe(request_response::ServeArgs),
     /// Count requests and responses on one CPU.
     Rr(request_response::ClientArgs),
+    /// Ask once in every new UDP flow, on one CPU.
+    RrFirst(request_response::FirstArgs),
+    /// Serve short connections on one CPU, until told.
+    CrrServe(short_connections::ServeArgs),
+    /// Count short connections on one CPU.
+    Crr(short_connections::ClientArgs),
+    /// Answer on many ports on one CPU, until told.
+    FlowsServe(flows::ServeArgs),
+    /// Ask once in each of many UDP flows in turn, on one CPU.
+    Flows(flows::FlowsArgs),
+    /// Count datagrams, until told.
+    UdpSink(flood::SinkArgs),
+    /// Send datagrams as fast as one CPU can.
+    UdpFlood(flood::FloodArgs),
     /// Find the routers on the way.
     Route(route::RouteArgs),
     /// Send VXLAN packets made by hand.
@@ -82,6 +100,13 @@ impl Tool {
             Self::Stream(args) => report(&stream::run(args)?),
             Self::RrServe(args) => report(&request_response::serve(args)?),
             Self::Rr(args) => report(&request_response::client(args)?),
+            Self::RrFirst(args) => report(&request_response::first(args)?),
+            Self::CrrServe(args) => report(&short_connections::serve(args)?),
+            Self::Crr(args) => report(&short_connections::client(args)?),
+            Self::FlowsServe(args) => report(&flows::serve(args)?),
+            Self::Flows(args) => report(&flows::client(args)?),
+            Self::UdpSink(args) => report(&flood::sink(args)?),
+            Self::UdpFlood(args) => report(&flood::flood(args)?),
             Self::Route(args) => report(&route::find(args)?),
             Self::Forge(args) => report(&forged::send(args)?),
             Self::RawUdp(args) => report(&raw_udp::send(args)?),

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::{pin_to, ready, socket, told_to_finish};
+use super::{latency::Latency, pin_to, ready, socket, told_to_finish};
 
 /// How long a lost response is waited for.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -91,14 +91,34 @@ pub struct RrReport {
     pub seconds: f64,
     /// Transactions per second.
     pub per_second: f64,
-    /// Median of the latency in microseconds.
-    pub p50_us: f64,
-    /// 90th percentile.
-    pub p90_us: f64,
-    /// 99th percentile.
-    pub p99_us: f64,
-    /// The longest.
-    pub max_us: f64,
+    /// From a request to its response.
+    pub latency: Latency,
+}
+
+/// Arguments of the client that starts a new flow for every request.
+#[derive(Debug, clap::Args)]
+pub struct FirstArgs {
+    /// Address and port of the server.
+    #[arg(long)]
+    to: SocketAddrV4,
+    /// New flows.
+    #[arg(long, default_value_t = 1000)]
+    count: u32,
+    /// Bytes of a request and of a response.
+    #[arg(long, default_value_t = 64)]
+    size: usize,
+    /// Stay on this CPU.
+    #[arg(long)]
+    cpu: Option<usize>,
+}
+
+/// What the first packet of each flow met.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct FirstReport {
+    /// Flows.
+    pub flows: u64,
+    /// From a flow's first packet to the response.
+    pub latency: Latency,
 }
 
 /// Answers until told, or until the TCP client leaves.
@@ -175,6 +195,31 @@ pub fn client(args: &ClientArgs) -> Result<RrReport> {
     }
 }
 
+/// Measures the first round trip of new UDP flows.
+///
+/// # Errors
+/// When a datagram is lost.
+pub fn first(args: &FirstArgs) -> Result<FirstReport> {
+    pin_to(args.cpu)?;
+    ready()?;
+    let mut message = vec![0; args.size];
+    let mut times = Vec::new();
+    for _ in 0..args.count {
+        // A socket of its own has a port, and with it a flow, of its own.
+        let client = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+        client.connect(args.to)?;
+        client.set_read_timeout(Some(PATIENCE))?;
+        let start = Instant::now();
+        client.send(&message)?;
+        client.recv(&mut message).context("a response was lost")?;
+        times.push(u32::try_from(start.elapsed().as_nanos()).unwrap_or(u32::MAX));
+    }
+    Ok(FirstReport {
+        flows: args.count.into(),
+        latency: Latency::of(times).context("--count 0 measures nothing")?,
+    })
+}
+
 fn measure(
     args: &ClientArgs,
     mut transact: impl FnMut(&mut [u8]) -> Result<()>,
@@ -194,20 +239,13 @@ fn measure(
         Ok((times, (before - start).as_secs_f64()))
     };
     let (warm_up, _) = run(args.seconds / 10.0)?;
-    let (mut times, seconds) = run(args.seconds)?;
-    times.sort_unstable();
-    let share = |part: f64| {
-        let index = ((times.len() - 1) as f64 * part) as usize;
-        f64::from(times[index]) / 1000.0
-    };
+    let (times, seconds) = run(args.seconds)?;
+    let measured = times.len();
     Ok(RrReport {
-        transactions: times.len() as u64,
-        all_transactions: (times.len() + warm_up.len()) as u64,
+        transactions: measured as u64,
+        all_transactions: (measured + warm_up.len()) as u64,
         seconds,
-        per_second: times.len() as f64 / seconds,
-        p50_us: share(0.5),
-        p90_us: share(0.9),
-        p99_us: share(0.99),
-        max_us: share(1.0),
+        per_second: measured as f64 / seconds,
+        latency: Latency::of(times).context("no transaction was made")?,
     })
 }

@@ -23,7 +23,7 @@ use std::{
 use ipnet::Ipv4Net;
 
 use crate::{
-    forwarding::{ForwardingTable, Via},
+    forwarding::{Changes, ForwardingTable, Via},
     mac::MacAddr,
 };
 
@@ -94,6 +94,22 @@ impl Entries {
             }
         }
         (wanted, conflicts)
+    }
+
+    /// What is programmed once `plan` was carried out.
+    pub(super) fn follow(&mut self, plan: &Plan) {
+        for subnet in &plan.withdraw {
+            self.routes.remove(subnet);
+        }
+        for base in &plan.stale_neighbours {
+            self.neighbours.remove(base);
+        }
+        for (mac, _) in &plan.stale_fdb {
+            self.fdb.remove(mac);
+        }
+        self.fdb.extend(plan.fdb.iter().copied());
+        self.neighbours.extend(plan.neighbours.iter().copied());
+        self.routes.extend(plan.routes.iter().copied());
     }
 
     /// Number of entries.
@@ -217,6 +233,44 @@ impl Plan {
         plan
     }
 
+    /// The same for peers that only came and went, from what was programmed last. `None`
+    /// where entries of two peers touch each other or a peer changed its way: then the whole
+    /// has to be looked at.
+    pub(super) fn of_changes(changes: &Changes, programmed: &Entries) -> Option<Self> {
+        let mut plan = Self::default();
+        for (subnet, Via::Vxlan { node, vtep_mac }) in &changes.remove {
+            let base = subnet.network();
+            let of_base = Ipv4Net::new(base, 0).ok()?..=Ipv4Net::new(base, 32).ok()?;
+            let uses = programmed.neighbours.values();
+            if programmed.routes.range(of_base).count() != 1
+                || !programmed.routes.contains(subnet)
+                || programmed.neighbours.get(&base) != Some(vtep_mac)
+                || programmed.fdb.get(vtep_mac) != Some(node)
+                || uses.filter(|mac| *mac == vtep_mac).count() != 1
+            {
+                return None;
+            }
+            plan.withdraw.push(*subnet);
+            plan.stale_neighbours.push(base);
+            plan.stale_fdb.push((*vtep_mac, Some(*node)));
+        }
+        let (mut macs, mut bases) = (BTreeSet::new(), BTreeSet::new());
+        for (subnet, Via::Vxlan { node, vtep_mac }) in &changes.upsert {
+            let base = subnet.network();
+            if programmed.fdb.contains_key(vtep_mac)
+                || programmed.neighbours.contains_key(&base)
+                || !macs.insert(*vtep_mac)
+                || !bases.insert(base)
+            {
+                return None;
+            }
+            plan.fdb.push((*vtep_mac, *node));
+            plan.neighbours.push((base, *vtep_mac));
+            plan.routes.push(*subnet);
+        }
+        Some(plan)
+    }
+
     /// Nothing to do.
     #[must_use]
     pub(super) fn is_empty(&self) -> bool {
@@ -308,6 +362,52 @@ mod tests {
         );
         assert!(plan.withdraw.is_empty() && plan.stale_fdb.is_empty());
         assert!(Plan::between(&as_found(&entries), &entries).is_empty());
+    }
+
+    /// A few changes give the plan and the entries of a whole look, or no plan at all.
+    #[test]
+    fn the_plan_of_a_few_changes_is_that_of_the_whole() {
+        const THIRD: (&str, &str, u8) = ("10.244.3.0/24", "192.168.50.3", 3);
+        let more = [TWO[0], TWO[1], THIRD];
+        let rows: &[(&[_], &[_], bool)] = &[
+            (TWO, &more, true),
+            (&more, TWO, true),
+            (TWO, &[TWO[0], THIRD], true),
+            (TWO, &[], true),
+            // Another way, a MAC that is in use, a base that is in use, a MAC that stays in use.
+            (TWO, &[TWO[0], ("10.244.2.0/24", "192.168.50.9", 2)], false),
+            (
+                TWO,
+                &[TWO[0], TWO[1], ("10.244.3.0/24", "192.168.50.2", 2)],
+                false,
+            ),
+            (
+                TWO,
+                &[TWO[0], TWO[1], ("10.244.2.0/25", "192.168.50.3", 3)],
+                false,
+            ),
+            (
+                &[TWO[0], ("10.244.3.0/24", "192.168.50.1", 1)],
+                &TWO[..1],
+                false,
+            ),
+        ];
+        for (before, after, is_simple) in rows {
+            let mut programmed = wanted(before);
+            let changes = Changes::between(&table(before), &table(after));
+            let plan = Plan::of_changes(&changes, &programmed);
+            assert_eq!(plan.is_some(), *is_simple, "{after:?}");
+            let Some(plan) = plan else { continue };
+            programmed.follow(&plan);
+            let whole = Plan::between(&as_found(&wanted(before)), &wanted(after));
+            let sorted = |mut plan: Plan| {
+                plan.stale_fdb.sort();
+                plan.fdb.sort();
+                plan
+            };
+            assert_eq!(sorted(plan), sorted(whole), "{after:?}");
+            assert_eq!(programmed, wanted(after));
+        }
     }
 
     #[test]

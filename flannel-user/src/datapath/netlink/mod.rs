@@ -10,7 +10,10 @@ mod entries;
 mod kernel;
 pub mod rtnl;
 
-use std::collections::BTreeSet;
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 pub(in crate::datapath) use device::local_address;
 pub use device::{Device, DeviceError, DeviceSpec};
@@ -20,7 +23,10 @@ pub use kernel::Entry;
 pub use rtnl::{Rtnl, RtnlError};
 use tracing::{debug, warn};
 
-use crate::forwarding::ForwardingTable;
+use crate::forwarding::{Changes, ForwardingTable};
+
+/// How long after an own change of the FDB its event may come.
+const ECHO: Duration = Duration::from_millis(200);
 
 /// What a pass could not do.
 #[derive(Debug, thiserror::Error)]
@@ -97,6 +103,12 @@ pub struct NetlinkDatapath {
     spec: Option<DeviceSpec>,
     device: Option<Device>,
     programmed: Entries,
+    /// What `programmed` was made from, if the last pass was good.
+    settled: Option<ForwardingTable>,
+    /// Events that own changes of the FDB cause, and until when they are waited for: unlike
+    /// all others they do not name this socket.
+    echoes: usize,
+    echoes_end: Instant,
 }
 
 impl NetlinkDatapath {
@@ -110,6 +122,9 @@ impl NetlinkDatapath {
             spec: None,
             device: None,
             programmed: Entries::default(),
+            settled: None,
+            echoes: 0,
+            echoes_end: Instant::now(),
         })
     }
 
@@ -164,8 +179,52 @@ impl NetlinkDatapath {
         self.rtnl.port()
     }
 
+    /// Takes one event of the FDB as caused by this datapath, if it may be.
+    pub fn takes_echo(&mut self) -> bool {
+        if self.echoes == 0 || Instant::now() > self.echoes_end {
+            self.echoes = 0;
+            return false;
+        }
+        self.echoes -= 1;
+        true
+    }
+
+    /// Follows peers that came or went since the last pass, without a look at what the
+    /// kernel has: with thousands of peers that look takes a hundred times as long. `None`
+    /// where that does not do, because of another change or a failure: a full pass has to
+    /// follow.
+    pub async fn follow(&mut self, table: &ForwardingTable) -> Option<Pass> {
+        let mut settled = self.settled.take()?;
+        let device = self.device.clone()?;
+        let changes = Changes::between(&settled, table);
+        let plan = Plan::of_changes(&changes, &self.programmed)?;
+        let mut pass = Pass::default();
+        let applied = self.apply(&plan, &device, &mut pass).await;
+        if applied.is_err() || !pass.errors.is_empty() {
+            return None;
+        }
+        self.programmed.follow(&plan);
+        settled.apply(&changes);
+        self.settled = Some(settled);
+        debug!(
+            installed = pass.installed,
+            removed = pass.removed,
+            "followed peers that came or went"
+        );
+        Some(pass)
+    }
+
     /// One full pass: device, then every entry of `table` and nothing else of ours.
     pub async fn reconcile(&mut self, table: &ForwardingTable) -> Pass {
+        self.settled = None;
+        let pass = self.whole_pass(table).await;
+        if pass.errors.is_empty() {
+            self.settled = Some(table.clone());
+        }
+        pass
+    }
+
+    async fn whole_pass(&mut self, table: &ForwardingTable) -> Pass {
         let mut pass = Pass::default();
         let Some(spec) = self.spec.clone() else {
             pass.errors.push(PassError::NoDevice);
@@ -280,6 +339,7 @@ impl NetlinkDatapath {
     ) -> Result<Vec<Entry>, RtnlError> {
         let requests = entries.iter().map(|entry| entry.set(device)).collect();
         let failures = self.rtnl.batch(requests).await?;
+        self.expect_echoes(&entries, failures.len());
         let repaired = entries
             .iter()
             .filter(|entry| programmed(&self.programmed, entry))
@@ -301,6 +361,17 @@ impl NetlinkDatapath {
         Ok(refused)
     }
 
+    fn expect_echoes(&mut self, entries: &[Entry], failures: usize) {
+        let fdb = entries.iter().filter(|e| matches!(e, Entry::Fdb(..)));
+        let now = Instant::now();
+        if now > self.echoes_end {
+            self.echoes = 0;
+        }
+        // Rather one look too many than one too few.
+        self.echoes += fdb.count().saturating_sub(failures);
+        self.echoes_end = now + ECHO;
+    }
+
     /// Deletes every entry and counts it; one that is gone already is as good as deleted.
     async fn delete(
         &mut self,
@@ -310,6 +381,7 @@ impl NetlinkDatapath {
     ) -> Result<(), RtnlError> {
         let requests = entries.iter().map(|entry| entry.delete(device)).collect();
         let failures = self.rtnl.batch(requests).await?;
+        self.expect_echoes(&entries, failures.len());
         pass.removed += entries.len() - failures.len();
         for (position, source) in failures {
             if !source.is_gone() {

@@ -7,7 +7,10 @@
 //!
 //! Measured with 10,000 peers (debug build, two shared cores, Linux 6.18): 1.1 to 1.4 s to install and
 //! 0.15 to 0.2 s for a pass that finds everything in place. 1,000 peers take 0.03 s, so it is not
-//! linear: perf shows most of the time in the kernel's `fib_create_info`.
+//! linear: the kernel's hash of next hops (`fib_find_info`) leaves the gateway out, so all our routes
+//! are in one chain, which each new one walks to its end. 10,000 of them cost 1.35 s of kernel
+//! time, 10,000 routes with one next hop in common 0.05 s. Whatever would spread the hash
+//! (metric, source, protocol, scope) shows in the listing, which is flannel's to the character.
 //!
 //! The socket belongs to the network namespace of the thread that opened it, for ever.
 

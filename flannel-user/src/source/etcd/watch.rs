@@ -18,6 +18,9 @@ use crate::source::LeaseEvent;
 /// Room for events that the receiver has not taken yet; then the watch waits.
 const QUEUE: usize = 256;
 
+/// Different causes that one outage may put into the log.
+const MOST_FAULTS: usize = 5;
+
 /// Events arrive until the receiver is dropped, the snapshot as soon as etcd can be read.
 pub(super) fn start(shared: Arc<Shared>) -> mpsc::Receiver<LeaseEvent> {
     let (sender, receiver) = mpsc::channel(QUEUE);
@@ -27,7 +30,7 @@ pub(super) fn start(shared: Arc<Shared>) -> mpsc::Receiver<LeaseEvent> {
         sender: sender.clone(),
         resume: Resume::List,
         backoff: Backoff::default(),
-        fault: None,
+        faults: Vec::new(),
     };
     tokio::spawn(async move {
         tokio::select! {
@@ -67,8 +70,8 @@ struct Watch {
     sender: mpsc::Sender<LeaseEvent>,
     resume: Resume,
     backoff: Backoff,
-    /// What is wrong, as last said.
-    fault: Option<String>,
+    /// What was said to be wrong since the watch last worked.
+    faults: Vec<String>,
 }
 
 impl Watch {
@@ -138,11 +141,7 @@ impl Watch {
         let listing = self.shared.registry.list().await?;
         let from = listing.revision + 1;
         let snapshot = self.follower.replace(listing, self.latest_end());
-        if let LeaseEvent::Snapshot(leases) = &snapshot {
-            for lease in leases {
-                self.shared.own.observe(lease);
-            }
-        }
+        self.shared.own.observe(&snapshot);
         self.resume = Resume::FromList(from);
         Ok(self.sender.send(snapshot).await.is_ok().then_some(from))
     }
@@ -200,11 +199,7 @@ impl Watch {
                 EventType::Delete => self.follower.delete(kv.key(), end),
             };
             if let Some(change) = change {
-                match &change {
-                    LeaseEvent::Put(lease) => self.shared.own.observe(lease),
-                    LeaseEvent::Removed(key) => self.shared.own.observe_removal(key),
-                    LeaseEvent::Snapshot(_) => {}
-                }
+                self.shared.own.observe(&change);
                 self.sender.send(change).await.map_err(|_| Closed)?;
             }
             self.resume = next;
@@ -216,22 +211,25 @@ impl Watch {
         SystemTime::now() + self.shared.registry.lease_ttl()
     }
 
+    /// The first fault of an outage is often only its shadow ("connection reset"); what is
+    /// really wrong comes with the next attempts, so each cause is said once.
     fn complain(&mut self, error: &EtcdError) {
         let text = error.to_string();
-        if self.fault.is_none() {
-            tracing::warn!(
-                error = text,
-                "cannot follow the leases; what is known of them stays in force"
-            );
-        } else if self.fault.as_ref() != Some(&text) {
+        if self.faults.contains(&text) || self.faults.len() >= MOST_FAULTS {
             tracing::debug!(error = text, "still cannot follow the leases");
+            return;
         }
-        self.fault = Some(text);
+        tracing::warn!(
+            error = text,
+            "cannot follow the leases; what is known of them stays in force"
+        );
+        self.faults.push(text);
     }
 
     fn recovered(&mut self) {
         self.backoff.reset();
-        if self.fault.take().is_some() {
+        if !self.faults.is_empty() {
+            self.faults.clear();
             tracing::info!("following the leases again");
         }
     }

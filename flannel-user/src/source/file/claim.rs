@@ -154,7 +154,7 @@ pub(super) fn renew(shared: &Shared, lease: &Lease) -> anyhow::Result<Lease> {
     let Lease {
         key, attributes, ..
     } = lease;
-    let own = shared.own().filter(|own| own.key == *key);
+    let own = shared.own.lease().filter(|own| own.key == *key);
     shared.directory.prepare()?;
     let locked = shared.directory.lock()?;
     let now = locked.now();

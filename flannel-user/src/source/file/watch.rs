@@ -196,6 +196,9 @@ impl Follower {
             None => vec![LeaseEvent::Snapshot(current.values().cloned().collect())],
             Some(before) => difference(before, &current),
         };
+        for event in &events {
+            self.shared.own.observe(event);
+        }
         self.reported = Some(current);
         Ok(events)
     }
@@ -305,7 +308,7 @@ impl Follower {
     }
 
     fn is_own(&self, lease: &Lease) -> bool {
-        self.shared.own().is_some_and(|own| {
+        self.shared.own.lease().is_some_and(|own| {
             own.key == lease.key || own.attributes.public_ip == lease.attributes.public_ip
         })
     }

@@ -1,0 +1,164 @@
+//! What grows with the cluster, and how fast.
+
+mod agent;
+pub mod leases;
+mod packets;
+
+use std::fs;
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    probe::Pace,
+    side::{NETLINK, Side},
+    stats::Summary,
+};
+
+/// One measure over a growing number.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Curve {
+    /// What is measured.
+    pub measure: String,
+    /// Name of the side, or of the lease source.
+    pub side: String,
+    /// Of the values.
+    pub unit: String,
+    /// What grows.
+    pub over: String,
+    /// In order of `x`.
+    pub points: Vec<Point>,
+}
+
+/// One point of a curve.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Point {
+    /// How many.
+    pub x: u64,
+    /// The value there.
+    pub y: Summary,
+}
+
+/// Points on their way to being curves.
+#[derive(Debug)]
+struct Points {
+    over: &'static str,
+    curves: Vec<Curve>,
+}
+
+impl Points {
+    const fn over(over: &'static str) -> Self {
+        Self {
+            over,
+            curves: Vec::new(),
+        }
+    }
+
+    fn add(&mut self, measure: &str, side: &str, unit: &str, x: u32, values: &[f64]) -> Result<()> {
+        let y = Summary::of(values).with_context(|| format!("{measure}: nothing measured"))?;
+        self.add_summary(measure, side, unit, x, y);
+        Ok(())
+    }
+
+    fn add_summary(&mut self, measure: &str, side: &str, unit: &str, x: u32, y: Summary) {
+        println!(
+            "{measure:<32} {side:<10} at {x:>7} {}: {:.2} {unit} ({:.2} … {:.2})",
+            self.over, y.median, y.min, y.max
+        );
+        let point = Point { x: x.into(), y };
+        let known = self
+            .curves
+            .iter_mut()
+            .find(|curve| curve.measure == measure && curve.side == side);
+        match known {
+            Some(curve) => curve.points.push(point),
+            None => self.curves.push(Curve {
+                measure: measure.to_owned(),
+                side: side.to_owned(),
+                unit: unit.to_owned(),
+                over: self.over.to_owned(),
+                points: vec![point],
+            }),
+        }
+    }
+
+    fn curves(self) -> Vec<Curve> {
+        self.curves
+    }
+}
+
+/// All of it; `quick` with small numbers only.
+///
+/// # Errors
+/// When an agent does not get there, or packets take another path.
+pub fn measure(sides: &[Side], quick: bool, pace: Pace) -> Result<Vec<Curve>> {
+    let cluster: &[u32] = if quick {
+        &[10, 1000]
+    } else {
+        &[10, 1000, 10_000]
+    };
+    let subnets: &[u32] = if quick {
+        &[10, 1000]
+    } else {
+        &[10, 100, 1000, 10_000, 100_000]
+    };
+    let flows: &[u32] = if quick {
+        &[1000]
+    } else {
+        &[1000, 10_000, 100_000, 1_000_000]
+    };
+    let chosen: Vec<&Side> = sides
+        .iter()
+        .filter(|side| side.name == NETLINK || side.has_programs())
+        .collect();
+    let mut curves = agent::measure(cluster)?;
+    curves.extend(packets::subnets(&chosen, subnets, pace)?);
+    curves.extend(packets::flows(&chosen, &bearable(flows)?, pace)?);
+    Ok(curves)
+}
+
+/// Those that conntrack has room for: one more flow and packets are lost.
+fn bearable(flows: &[u32]) -> Result<Vec<u32>> {
+    let room: u32 = fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_max")
+        .context("conntrack is not there")?
+        .trim()
+        .parse()?;
+    let (fit, too_many) = within(flows, room);
+    for count in too_many {
+        println!(
+            "{count} flows are left out: net.netfilter.nf_conntrack_max is {room} on this machine"
+        );
+    }
+    Ok(fit)
+}
+
+fn within(flows: &[u32], room: u32) -> (Vec<u32>, Vec<u32>) {
+    // Other probes and the agents need some, too.
+    flows.iter().partition(|count| **count <= room / 4 * 3)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn points_of_one_measure_and_side_are_one_curve() {
+        let mut points = Points::over("nodes");
+        for (side, x, value) in [("a", 1, 5.0), ("b", 1, 6.0), ("a", 2, 7.0)] {
+            points.add("time", side, "s", x, &[value]).expect("a value");
+        }
+        assert!(points.add("time", "a", "s", 3, &[]).is_err());
+        let curves = points.curves();
+        assert_eq!(curves.len(), 2);
+        let xs: Vec<u64> = curves[0].points.iter().map(|point| point.x).collect();
+        assert_eq!(xs, [1, 2]);
+    }
+
+    #[test]
+    fn no_more_flows_than_conntrack_holds() {
+        assert_eq!(
+            within(&[1000, 190_000, 1_000_000], 262_144),
+            (vec![1000, 190_000], vec![1_000_000])
+        );
+    }
+}

@@ -1,0 +1,91 @@
+//! Where a run was made; without it no figure means anything.
+
+use std::fs;
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+
+use super::cpu;
+
+/// Processor, kernel, and how idle it was.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Machine {
+    /// Model of the processor.
+    pub processor: String,
+    /// How many of them.
+    pub processors: usize,
+    /// Memory in gibibytes.
+    pub memory_gib: f64,
+    /// Kernel release.
+    pub kernel: String,
+    /// Seconds since 1970 at the start of the run.
+    pub started: u64,
+    /// Share of all processors that others used just before the run.
+    pub background: f64,
+}
+
+impl Machine {
+    /// Looks around for half a second.
+    ///
+    /// # Errors
+    /// When `/proc` cannot be read.
+    pub fn look() -> Result<Self> {
+        let cpuinfo = fs::read_to_string("/proc/cpuinfo")?;
+        let meminfo = fs::read_to_string("/proc/meminfo")?;
+        let processors = std::thread::available_parallelism()?.get();
+        let before = cpu::busy()?;
+        let pause = std::time::Duration::from_millis(500);
+        std::thread::sleep(pause);
+        let background = (cpu::busy()? - before) / pause.as_secs_f64() / processors as f64;
+        Ok(Self {
+            processor: field(&cpuinfo, "model name")
+                .unwrap_or("unknown")
+                .to_owned(),
+            processors,
+            memory_gib: field(&meminfo, "MemTotal")
+                .and_then(|value| value.strip_suffix(" kB")?.parse::<f64>().ok())
+                .map_or(0.0, |kilobytes| kilobytes / f64::from(1 << 20)),
+            kernel: fs::read_to_string("/proc/sys/kernel/osrelease")?
+                .trim()
+                .to_owned(),
+            started: std::time::SystemTime::now()
+                .duration_since(std::time::UNIX_EPOCH)?
+                .as_secs(),
+            background,
+        })
+    }
+
+    /// In one line.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        format!(
+            "{} × {}, {:.0} GiB, Linux {}, {:.0} % busy with other things at the start",
+            self.processors,
+            self.processor,
+            self.memory_gib,
+            self.kernel,
+            self.background * 100.0
+        )
+    }
+}
+
+/// `name : value`, the first of them.
+fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    text.lines().find_map(|line| {
+        let (found, value) = line.split_once(':')?;
+        (found.trim() == name).then(|| value.trim())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::field;
+
+    #[test]
+    fn fields_of_proc() {
+        let text = "processor\t: 0\nmodel name\t: A: B\nMemTotal:       1024 kB\n";
+        assert_eq!(field(text, "model name"), Some("A: B"));
+        assert_eq!(field(text, "MemTotal"), Some("1024 kB"));
+        assert_eq!(field(text, "cpu"), None);
+    }
+}

@@ -1,0 +1,227 @@
+//! The results as Markdown tables, for people.
+
+use std::fmt::Write as _;
+
+use super::{
+    growth::Curve,
+    measure::{PROBES, Target},
+    program::ProgramCost,
+    results::{Report, Row},
+    stats::{Better, Difference, Summary},
+};
+
+/// The whole report.
+#[must_use]
+pub fn report(report: &Report) -> String {
+    let mut text = String::new();
+    let settings = &report.settings;
+    let mut say = |line: std::fmt::Arguments<'_>| {
+        writeln!(text, "{line}").expect("a string takes everything");
+    };
+    say(format_args!("Machine: {}.", report.machine.describe()));
+    say(format_args!(
+        "{} rounds of {} s a side, sides in turn; both ends on CPU {} where they share one.\n",
+        settings.rounds, settings.seconds, settings.cpu
+    ));
+    for target in [Target::Pod, Target::Service] {
+        let rows: Vec<&Row> = report
+            .results
+            .iter()
+            .filter(|row| row.to == target.name())
+            .collect();
+        if rows.is_empty() {
+            continue;
+        }
+        say(format_args!(
+            "### {}\n",
+            match target {
+                Target::Pod => "To the server's own address",
+                Target::Service => "Through a ClusterIP",
+            }
+        ));
+        for probe in &PROBES {
+            let figures = probe.traffic.figures().iter();
+            let names: Vec<String> = figures
+                .map(|figure| format!("{}{}", probe.name, figure.suffix))
+                .collect();
+            let of_probe: Vec<&&Row> = rows
+                .iter()
+                .filter(|row| names.contains(&row.measure))
+                .collect();
+            if !of_probe.is_empty() {
+                say(format_args!("{}", table(&of_probe)));
+            }
+        }
+    }
+    if !report.programs.is_empty() {
+        say(format_args!(
+            "### Programs\n\n{}",
+            programs(&report.programs)
+        ));
+    }
+    if !report.growth.is_empty() {
+        say(format_args!("### Growth\n\n{}", growth(&report.growth)));
+    }
+    text
+}
+
+fn table(rows: &[&&Row]) -> String {
+    let mut text = "| measure | side | median | min … max | × netlink | × host | × host-nf | |\n\
+                    |---|---|---:|---:|---:|---:|---:|---|\n"
+        .to_owned();
+    for row in rows {
+        let ratio = |value: Option<f64>| value.map_or(String::new(), |value| format!("{value:.2}"));
+        let netlink = match (row.ratio_to_netlink, row.ratio_to_netlink_spread) {
+            (Some(ratio), Some([min, max])) => format!("{ratio:.2} ({min:.2} … {max:.2})"),
+            _ => String::new(),
+        };
+        writeln!(
+            text,
+            "| `{}` {} | {} | {} | {} … {} | {netlink} | {} | {} | {} |",
+            row.measure,
+            unit(row),
+            row.side,
+            number(row.median),
+            number(row.min),
+            number(row.max),
+            ratio(row.ratio_to_host),
+            ratio(row.ratio_to_host_nf),
+            verdict(row),
+        )
+        .expect("a string takes everything");
+    }
+    text
+}
+
+fn unit(row: &Row) -> String {
+    match row.better {
+        Better::Higher => row.unit.clone(),
+        Better::Lower => format!("{} ↓", row.unit),
+    }
+}
+
+const fn verdict(row: &Row) -> &'static str {
+    match row.difference_to_netlink {
+        Some(Difference::Better) => "better",
+        Some(Difference::Worse) => "worse",
+        Some(Difference::Open) => "no difference: spreads overlap",
+        None => "",
+    }
+}
+
+/// Three to four digits that mean something.
+#[must_use]
+pub fn number(value: f64) -> String {
+    match value.abs() {
+        large if large >= 100_000.0 => format!("{:.1} k", value / 1000.0),
+        large if large >= 1000.0 => format!("{:.2} k", value / 1000.0),
+        middle if middle >= 100.0 => format!("{value:.0}"),
+        middle if middle >= 10.0 => format!("{value:.1}"),
+        small if small >= 0.01 || small == 0.0 => format!("{value:.2}"),
+        _ => format!("{value:.4}"),
+    }
+}
+
+fn spread(summary: &Summary) -> String {
+    format!(
+        "{} ({} … {})",
+        number(summary.median),
+        number(summary.min),
+        number(summary.max)
+    )
+}
+
+fn programs(all: &[ProgramCost]) -> String {
+    let mut text = "| side | program | instructions | machine code | verifier's steps | ns a run, statistics | ns, single runs |\n\
+                    |---|---|---:|---:|---:|---:|---:|\n"
+        .to_owned();
+    for one in all {
+        writeln!(
+            text,
+            "| {} | `{}` | {} | {} B | {} | {:.0} ({} runs) | {} |",
+            one.side,
+            one.program,
+            one.instructions,
+            one.machine_code,
+            one.verified,
+            one.statistics_ns,
+            one.statistics_runs,
+            spread(&one.test_run_ns)
+        )
+        .expect("a string takes everything");
+    }
+    text += "\n| side | map | entries at most | memory |\n|---|---|---:|---:|\n";
+    let mut seen = std::collections::BTreeSet::new();
+    for one in all {
+        for map in &one.maps {
+            if seen.insert((&one.side, &map.map)) {
+                writeln!(
+                    text,
+                    "| {} | `{}` | {} | {:.1} KiB |",
+                    one.side,
+                    map.map,
+                    map.entries,
+                    map.bytes as f64 / 1024.0
+                )
+                .expect("a string takes everything");
+            }
+        }
+    }
+    text
+}
+
+fn growth(curves: &[Curve]) -> String {
+    let mut text =
+        "| measure | side | over | at: median (min … max) |\n|---|---|---|---|\n".to_owned();
+    for curve in curves {
+        let points: Vec<String> = curve
+            .points
+            .iter()
+            .map(|point| format!("**{}**: {}", point.x, spread(&point.y)))
+            .collect();
+        writeln!(
+            text,
+            "| {}, {} | {} | {} | {} |",
+            curve.measure,
+            curve.unit,
+            curve.side,
+            curve.over,
+            points.join("<br>")
+        )
+        .expect("a string takes everything");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::results::{rows, tests::series};
+
+    #[test]
+    fn overlapping_spreads_are_said_to_be_no_difference() {
+        let all = rows(&[
+            series("netlink", &[100.0, 120.0, 110.0]),
+            series("direct", &[119.0, 130.0, 125.0]),
+        ]);
+        let text = table(&all.iter().collect::<Vec<_>>().iter().collect::<Vec<_>>());
+        let direct = text.lines().last().expect("a line");
+        assert!(direct.contains("no difference"), "{direct}");
+        assert!(direct.contains("1.14 (1.08 … 1.19)"), "{direct}");
+    }
+
+    #[test]
+    fn numbers_keep_what_means_something() {
+        for (value, text) in [
+            (145_678.0, "145.7 k"),
+            (1234.0, "1.23 k"),
+            (123.4, "123"),
+            (12.34, "12.3"),
+            (1.234, "1.23"),
+            (0.001_234, "0.0012"),
+            (0.0, "0.00"),
+        ] {
+            assert_eq!(number(value), text);
+        }
+    }
+}

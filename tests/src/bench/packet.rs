@@ -1,0 +1,89 @@
+//! Packets made by hand, for single runs of a program.
+
+use std::net::Ipv4Addr;
+
+const ETHERNET: usize = 14;
+const IP: usize = 20;
+const UDP: usize = 8;
+/// Offsets in the frame.
+const CHECKSUM: usize = ETHERNET + 10;
+const DESTINATION: usize = ETHERNET + 16;
+
+/// A UDP datagram in an Ethernet frame, without UDP checksum.
+#[must_use]
+pub fn datagram(
+    (source_mac, source): ([u8; 6], Ipv4Addr),
+    (destination_mac, destination): ([u8; 6], Ipv4Addr),
+    payload: u8,
+) -> Vec<u8> {
+    let length = UDP as u16 + u16::from(payload);
+    let mut frame = Vec::with_capacity(ETHERNET + IP + usize::from(length));
+    frame.extend(destination_mac);
+    frame.extend(source_mac);
+    frame.extend([8, 0]);
+    frame.extend([0x45, 0]);
+    frame.extend((IP as u16 + length).to_be_bytes());
+    frame.extend([0, 1, 0x40, 0, 64, 17, 0, 0]);
+    frame.extend(source.octets());
+    frame.extend(destination.octets());
+    frame.extend(40_000_u16.to_be_bytes());
+    frame.extend(6000_u16.to_be_bytes());
+    frame.extend(length.to_be_bytes());
+    frame.extend([0, 0]);
+    frame.extend(vec![0; payload.into()]);
+    with_checksum(frame)
+}
+
+/// The same frame to another IP address.
+#[must_use]
+pub fn sent_to(frame: &[u8], destination: Ipv4Addr) -> Vec<u8> {
+    let mut frame = frame.to_vec();
+    frame[DESTINATION..DESTINATION + 4].copy_from_slice(&destination.octets());
+    with_checksum(frame)
+}
+
+/// The same frame to another MAC address.
+#[must_use]
+pub fn addressed_to(mut frame: Vec<u8>, mac: [u8; 6]) -> Vec<u8> {
+    frame[..6].copy_from_slice(&mac);
+    frame
+}
+
+fn with_checksum(mut frame: Vec<u8>) -> Vec<u8> {
+    frame[CHECKSUM..CHECKSUM + 2].fill(0);
+    let sum = !folded_sum(&frame[ETHERNET..ETHERNET + IP]);
+    frame[CHECKSUM..CHECKSUM + 2].copy_from_slice(&sum.to_be_bytes());
+    frame
+}
+
+fn folded_sum(header: &[u8]) -> u16 {
+    let mut sum: u32 = header
+        .chunks(2)
+        .map(|word| u32::from(u16::from_be_bytes([word[0], word[1]])))
+        .sum();
+    while sum > 0xffff {
+        sum = (sum >> 16) + (sum & 0xffff);
+    }
+    sum as u16
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lengths_and_checksums_agree() {
+        let (one, other) = (Ipv4Addr::new(10, 0, 0, 1), Ipv4Addr::new(10, 0, 0, 2));
+        let frame = datagram(([2; 6], one), ([4; 6], other), 64);
+        assert_eq!(frame.len(), 14 + 20 + 8 + 64);
+        for frame in [frame.clone(), sent_to(&frame, Ipv4Addr::new(10, 9, 8, 7))] {
+            assert_eq!(folded_sum(&frame[14..34]), 0xffff);
+            assert_eq!(u16::from_be_bytes([frame[16], frame[17]]), 92);
+        }
+        assert_eq!(sent_to(&frame, other), frame);
+        assert_eq!(
+            addressed_to(frame, [9; 6])[..12],
+            [9, 9, 9, 9, 9, 9, 2, 2, 2, 2, 2, 2]
+        );
+    }
+}

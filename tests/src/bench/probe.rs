@@ -1,0 +1,313 @@
+//! Runs one probe on one stage, once.
+
+use std::{
+    io::{BufRead, BufReader},
+    process::Stdio,
+};
+
+use anyhow::{Context, Result, ensure};
+use serde::Deserialize;
+
+use super::{
+    cpu,
+    measure::{Probe, Target, Traffic},
+    proof::Flows,
+    stage::{Passed, Port, Stage},
+};
+use crate::{
+    exchange,
+    namespace::Namespace,
+    task::Task,
+    traffic::{
+        flood::{FloodReport, SinkReport},
+        latency::Latency,
+        request_response::{FirstReport, Protocol, RrReport, ServeReport},
+        short_connections::{ConnectionsReport, ServeReport as ConnectionsServed},
+    },
+};
+
+/// How long and where.
+#[derive(Debug, Clone, Copy)]
+pub struct Pace {
+    /// Seconds of each measurement.
+    pub seconds: f64,
+    /// The CPU that both ends share, or that sends.
+    pub cpu: usize,
+    /// The CPU that receives where each end has one.
+    pub other_cpu: usize,
+}
+
+/// What came of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outcome {
+    /// In the order of [`Traffic::figures`].
+    pub figures: Vec<f64>,
+    /// Where single latencies were taken.
+    pub latency: Option<Latency>,
+}
+
+/// The largest packet that segmentation offload makes.
+const LARGEST: u64 = 65_536;
+/// New flows of one measurement of the first packet.
+const NEW_FLOWS: u32 = 2000;
+/// Segments of a stream are acknowledged, however sparsely.
+const FEW: u64 = 10;
+
+/// Runs it and has the counters prove the path.
+///
+/// # Errors
+/// When a tool fails, packets took another path, or a connection was reset.
+pub fn run(stage: &Stage, probe: &Probe, target: Target, pace: Pace) -> Result<Outcome> {
+    let name = &stage.side.name;
+    let what = || format!("{} on side {name}, to the {}", probe.name, target.name());
+    let way = stage.side.way(target).with_context(what)?;
+    stage.warm_up().with_context(what)?;
+    let watch = stage.watch().with_context(what)?;
+    let resets = resets(stage)?;
+    let (outcome, flows, passed) = match probe.traffic {
+        Traffic::RequestResponse(protocol) => request_response(stage, protocol, target, pace),
+        Traffic::Connections => connections(stage, target, pace),
+        Traffic::FirstPacket => first_packet(stage, target, pace),
+        Traffic::Flood(size) => flood(stage, size, target, pace),
+        Traffic::Streams(count) => streams(stage, count, target, pace),
+    }
+    .with_context(what)?;
+    watch.expect(way, flows, passed).with_context(what)?;
+    let after = self::resets(stage)?;
+    ensure!(
+        after == resets || !matches!(probe.traffic, Traffic::Connections),
+        "{}: {} connections were reset",
+        what(),
+        after - resets
+    );
+    Ok(outcome)
+}
+
+type Measured = (Outcome, Flows, Passed);
+
+fn latencies(per_second: f64, latency: Latency) -> Outcome {
+    Outcome {
+        figures: vec![per_second, latency.p50_us, latency.p99_us, latency.p999_us],
+        latency: Some(latency),
+    }
+}
+
+fn request_response(
+    stage: &Stage,
+    protocol: Protocol,
+    target: Target,
+    pace: Pace,
+) -> Result<Measured> {
+    let (to, port) = stage.way_to(Port::RequestResponse, target);
+    let (word, cpu, seconds) = (protocol.name(), pace.cpu, pace.seconds);
+    let server = Task::start(
+        stage.server(),
+        &format!("rr-serve --protocol {word} --port {port} --cpu {cpu}"),
+    )?;
+    let report: RrReport = Task::start(
+        stage.client(),
+        &format!("rr --protocol {word} --to {to} --seconds {seconds} --cpu {cpu}"),
+    )?
+    .result()?;
+    let served: ServeReport = server.finish()?;
+    ensure!(
+        served.answered == report.all_transactions,
+        "{} requests were answered, {} responses came",
+        served.answered,
+        report.all_transactions
+    );
+    let passed = Passed {
+        there: report.all_transactions,
+        back: report.all_transactions,
+    };
+    Ok((
+        latencies(report.per_second, report.latency),
+        Flows::Long,
+        passed,
+    ))
+}
+
+fn connections(stage: &Stage, target: Target, pace: Pace) -> Result<Measured> {
+    let (to, port) = stage.way_to(Port::Connections, target);
+    let (cpu, seconds) = (pace.cpu, pace.seconds);
+    let server = Task::start(
+        stage.server(),
+        &format!("crr-serve --port {port} --cpu {cpu}"),
+    )?;
+    let report: ConnectionsReport = Task::start(
+        stage.client(),
+        &format!("crr --to {to} --seconds {seconds} --cpu {cpu}"),
+    )?
+    .result()?;
+    let served: ConnectionsServed = server.finish()?;
+    ensure!(
+        served.served == report.all,
+        "{} connections were served, {} made",
+        served.served,
+        report.all
+    );
+    // SYN, request, FIN; their answers.
+    let passed = Passed {
+        there: 3 * report.all,
+        back: 3 * report.all,
+    };
+    Ok((
+        latencies(report.per_second, report.latency),
+        Flows::Short,
+        passed,
+    ))
+}
+
+fn first_packet(stage: &Stage, target: Target, pace: Pace) -> Result<Measured> {
+    let (to, port) = stage.way_to(Port::RequestResponse, target);
+    let cpu = pace.cpu;
+    let server = Task::start(
+        stage.server(),
+        &format!("rr-serve --protocol udp --port {port} --cpu {cpu}"),
+    )?;
+    let report: FirstReport = Task::start(
+        stage.client(),
+        &format!("rr-first --to {to} --count {NEW_FLOWS} --cpu {cpu}"),
+    )?
+    .result()?;
+    let served: ServeReport = server.finish()?;
+    ensure!(
+        served.answered == report.flows,
+        "{} first packets, {} answers",
+        report.flows,
+        served.answered
+    );
+    let latency = report.latency;
+    let outcome = Outcome {
+        figures: vec![latency.p50_us, latency.p99_us],
+        latency: Some(latency),
+    };
+    let passed = Passed {
+        there: report.flows,
+        back: report.flows,
+    };
+    Ok((outcome, Flows::Short, passed))
+}
+
+fn flood(stage: &Stage, size: usize, target: Target, pace: Pace) -> Result<Measured> {
+    let (to, port) = stage.way_to(Port::Flood, target);
+    let (cpu, seconds, other) = (pace.cpu, pace.seconds, pace.other_cpu);
+    let sink = Task::start(
+        stage.server(),
+        &format!("udp-sink --port {port} --cpu {other}"),
+    )?;
+    let before = cpu::busy()?;
+    let sent: FloodReport = Task::start(
+        stage.client(),
+        &format!("udp-flood --to {to} --size {size} --seconds {seconds} --cpu {cpu}"),
+    )?
+    .result()?;
+    let received: SinkReport = sink.finish()?;
+    let busy = cpu::busy()? - before;
+    ensure!(
+        received.received > 0 && received.odd == 0,
+        "of {} datagrams {} arrived, {} of them with another size",
+        sent.sent,
+        received.received,
+        received.odd
+    );
+    let arrived = received.received as f64;
+    let outcome = Outcome {
+        figures: vec![
+            arrived / sent.seconds,
+            busy * 1e6 / arrived,
+            100.0 * (1.0 - arrived / sent.sent as f64),
+        ],
+        latency: None,
+    };
+    let passed = Passed {
+        // Some may be lost before the node's first counter.
+        there: received.received,
+        back: 0,
+    };
+    Ok((outcome, Flows::Long, passed))
+}
+
+/// What is used of `iperf3 -J`.
+#[derive(Debug, Deserialize)]
+struct Iperf {
+    end: IperfEnd,
+}
+
+#[derive(Debug, Deserialize)]
+struct IperfEnd {
+    sum_sent: IperfSum,
+    sum_received: IperfSum,
+}
+
+#[derive(Debug, Deserialize)]
+struct IperfSum {
+    bytes: u64,
+    bits_per_second: f64,
+    #[serde(default)]
+    retransmits: u64,
+}
+
+fn streams(stage: &Stage, count: u8, target: Target, pace: Pace) -> Result<Measured> {
+    let (to, port) = stage.way_to(Port::Streams, target);
+    let mut server = iperf3_server(stage.server(), port, pace.other_cpu)?;
+    let before = cpu::busy()?;
+    let (address, port) = (to.ip().to_string(), port.to_string());
+    let (count, cpu) = (count.to_string(), pace.cpu.to_string());
+    // It takes whole seconds only.
+    let seconds = pace.seconds.ceil().to_string();
+    let said = stage.client().run(&[
+        "timeout", "30", "iperf3", "-c", &address, "-p", &port, "-t", &seconds, "-P", &count, "-A",
+        &cpu, "-J",
+    ]);
+    let ended = match &said {
+        Ok(_) => server.wait(),
+        Err(_) => server.kill().and_then(|()| server.wait()),
+    };
+    let busy = cpu::busy()? - before;
+    let end = serde_json::from_str::<Iperf>(&said?)
+        .context("iperf3 gave an odd result")?
+        .end;
+    ensure!(ended?.success(), "iperf3's server failed");
+    ensure!(end.sum_received.bytes > 0, "iperf3 carried nothing");
+    let outcome = Outcome {
+        figures: vec![
+            end.sum_received.bits_per_second / 1e9,
+            busy * 1e9 / end.sum_received.bytes as f64,
+            end.sum_sent.retransmits as f64,
+        ],
+        latency: None,
+    };
+    let passed = Passed {
+        there: end.sum_received.bytes / LARGEST,
+        back: FEW,
+    };
+    Ok((outcome, Flows::Long, passed))
+}
+
+fn iperf3_server(namespace: &Namespace, port: u16, cpu: usize) -> Result<std::process::Child> {
+    let (port, cpu) = (port.to_string(), cpu.to_string());
+    let mut command = namespace.command("iperf3");
+    command
+        .args(["-s", "-1", "--forceflush", "-p", &port, "-A", &cpu])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped());
+    let mut server = namespace.spawn(command)?;
+    let mut lines = BufReader::new(server.stdout.take().context("iperf3 without stdout")?).lines();
+    let listens = lines.any(|line| line.is_ok_and(|line| line.contains("listening")));
+    ensure!(listens, "iperf3's server did not start");
+    // Else it would block, or be killed, at its next line.
+    std::thread::spawn(move || lines.for_each(drop));
+    Ok(server)
+}
+
+/// Resets that both ends have sent so far.
+fn resets(stage: &Stage) -> Result<u64> {
+    [stage.client(), stage.server()]
+        .into_iter()
+        .map(|end| {
+            let text = end.read("/proc/thread-self/net/snmp")?;
+            exchange::snmp(&text, "Tcp", "OutRsts").context("/proc/net/snmp has no OutRsts")
+        })
+        .sum()
+}
