@@ -232,6 +232,31 @@ fn a_stream_older_than_the_programs_is_bypassed() {
 }
 
 #[test]
+fn flows_of_two_packets_pay_for_no_entry() {
+    learned(|kube| {
+        let (a, b) = kube.cluster.nodes();
+        let before = [a.status()?, b.status()?];
+        // In turn and slowly: no flow asks a third time.
+        let arguments = "--flows 2000 --rate 2000 --seconds 1.9";
+        let report = kube.many_flows(Via::Service, Protocol::Udp, arguments, None)?;
+        ensure!(
+            report.lost == 0 && report.corrupt == 0 && report.sent > 2500,
+            "{report:?}"
+        );
+        for (node, before) in [a, b].into_iter().zip(&before) {
+            let status = node.status()?;
+            let since = |reason: &str| status.packets(reason) - before.packets(reason);
+            ensure!(since("out_unlearned") > 2500, "{:?}", status.counters);
+            for reason in ["learn_out_learned", "learn_in_learned"] {
+                let made = since(reason);
+                ensure!(made == 0, "{}: {made} {reason}", node.name());
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
 fn bulk_is_not_sent_again_more_often() {
     learned(|kube| {
         let (a, b) = kube.cluster.nodes();
