@@ -87,10 +87,14 @@ fn a_foreign_filter_sees_every_packet() {
         let server = kube.server();
         let node = server.node().namespace();
         let veth = server.interface();
-        // Counts and lets pass, with a preference of its own.
+        // Copies everything somewhere and lets it pass.
+        node.ip_batch("link add copies type ifb\nlink set copies up\n")?;
         for words in [
             format!("tc qdisc add dev {veth} clsact"),
-            format!("tc filter add dev {veth} egress pref 5 protocol ip matchall action pass"),
+            format!(
+                "tc filter add dev {veth} egress pref 5 protocol ip u32 match u32 0 0 \
+                 action mirred egress mirror dev copies"
+            ),
         ] {
             let argv: Vec<&str> = words.split_whitespace().collect();
             let output = node.output(&argv)?;
@@ -108,7 +112,7 @@ fn a_foreign_filter_sees_every_packet() {
         exchange::check_nothing_lost(&reports)?;
         let shown = node.run(&["tc", "-s", "filter", "show", "dev", veth, "egress"])?;
         let seen = shown
-            .split_once(" pkt ")
+            .split_once(" pkt")
             .and_then(|(before, _)| before.rsplit(' ').next()?.parse::<u64>().ok())
             .with_context(|| format!("no count in\n{shown}"))?;
         ensure!(seen >= COUNT, "the filter saw {seen} of {COUNT} packets");

@@ -301,8 +301,8 @@ pub fn serve(args: &ServeArgs) -> Result<ConnectionsReport> {
             })?;
         }
     }
-    // Those under way have their patience to come to an end.
-    let deadline = Instant::now() + patience;
+    // Those under way have their patience, and a moment, to come to an end.
+    let deadline = Instant::now() + patience + Duration::from_secs(3);
     let unfinished = || {
         let report = tally.report(start);
         report.established > report.ended + report.troubles()
