@@ -6,6 +6,7 @@
 //! ```
 
 mod bad_input;
+mod flows;
 mod forged;
 mod health;
 mod lab_itself;
