@@ -2,8 +2,8 @@
 //!
 //! A Unix stream socket that only root can open (mode 0600, and the peer's
 //! credentials are checked besides). One JSON object a line each way:
-//! `{"do":"status"}` or `{"do":"mode","datapath":"netlink"}`; the answer is
-//! `{"ok":…}` or `{"error":"…"}`.
+//! `{"do":"status"}`, `{"do":"mode","datapath":"netlink"}` or
+//! `{"do":"flows","port":80}`; the answer is `{"ok":…}` or `{"error":"…"}`.
 
 use std::{
     fs, io,
@@ -13,7 +13,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
     net::{UnixListener, UnixStream},
@@ -21,7 +21,10 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-use crate::observe::status::Status;
+use crate::observe::{
+    flows::{Filter, Flows},
+    status::Status,
+};
 
 /// What can be asked.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,15 +37,47 @@ pub enum Request {
         /// The wanted one.
         datapath: String,
     },
+    /// The learned flows that the filter takes.
+    Flows(Filter),
 }
 
-/// What is answered. Both kinds of request answer with the state afterwards.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// What the agent answers.
+#[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Answer {
     /// Done.
-    Ok(Box<Status>),
+    Ok(Document),
     /// Not done, and why.
+    Error(String),
+}
+
+/// What an answer holds: the request tells which of them.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum Document {
+    /// The whole state, after `mode` the one that it led to.
+    Status(Box<Status>),
+    /// Of `flows`.
+    Flows(Box<Flows>),
+}
+
+impl From<Status> for Answer {
+    fn from(status: Status) -> Self {
+        Self::Ok(Document::Status(Box::new(status)))
+    }
+}
+
+impl From<Flows> for Answer {
+    fn from(flows: Flows) -> Self {
+        Self::Ok(Document::Flows(Box::new(flows)))
+    }
+}
+
+/// An answer as the one who asked reads it.
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Reply<T> {
+    Ok(T),
     Error(String),
 }
 
@@ -142,11 +177,15 @@ async fn ask_the_loop(request: Request, calls: &mpsc::Sender<Call>) -> Answer {
     receiver.await.unwrap_or_else(|_| gone())
 }
 
-/// Asks a running agent, from `flannelctl`.
+/// Asks a running agent, from `flannelctl`: `T` is the document that the request is answered with.
 ///
 /// # Errors
 /// No agent listens there, it refused, or it did not answer in time.
-pub async fn ask(socket: &Path, request: &Request, patience: Duration) -> anyhow::Result<Status> {
+pub async fn ask<T: DeserializeOwned>(
+    socket: &Path,
+    request: &Request,
+    patience: Duration,
+) -> anyhow::Result<T> {
     let path: PathBuf = socket.to_owned();
     let exchange = async {
         let stream = UnixStream::connect(&path).await.with_context(|| {
@@ -165,8 +204,8 @@ pub async fn ask(socket: &Path, request: &Request, patience: Duration) -> anyhow
             bail!("the agent closed the connection without an answer (only root may ask)");
         }
         match serde_json::from_str(&answer).context("the agent's answer is not of this version")? {
-            Answer::Ok(status) => Ok(*status),
-            Answer::Error(reason) => bail!("{reason}"),
+            Reply::Ok(document) => Ok(document),
+            Reply::Error(reason) => bail!("{reason}"),
         }
     };
     tokio::time::timeout(patience, exchange)
@@ -177,4 +216,58 @@ pub async fn ask(socket: &Path, request: &Request, patience: Duration) -> anyhow
                 path.display()
             )
         })?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_one_flat_object() {
+        let flows = |text: &str| serde_json::from_str::<Request>(text);
+        let filter = Filter {
+            pod: Some([10, 1, 1, 2].into()),
+            port: Some(80),
+            ..Filter::default()
+        };
+        assert_eq!(
+            flows(r#"{"do":"flows","pod":"10.1.1.2","port":80}"#).expect("flows"),
+            Request::Flows(filter)
+        );
+        assert_eq!(
+            flows(r#"{"do":"flows"}"#).expect("no filter"),
+            Request::Flows(Filter::default())
+        );
+        let misspelt =
+            flows(r#"{"do":"flows","prot":80}"#).expect_err("a filter that would not filter");
+        assert!(misspelt.to_string().contains("prot"), "{misspelt}");
+        let text = serde_json::to_string(&Request::Flows(filter)).expect("JSON");
+        assert_eq!(flows(&text).expect("the same"), Request::Flows(filter));
+        assert_eq!(
+            flows(r#"{"do":"mode","datapath":"auto"}"#).expect("mode"),
+            Request::Mode {
+                datapath: "auto".to_owned()
+            }
+        );
+    }
+
+    #[test]
+    fn an_answer_holds_its_document_bare() {
+        let flows = Flows {
+            table_out: Default::default(),
+            table_in: Default::default(),
+            held: None,
+            tcp_held: Some("sysctl".to_owned()),
+            matching: 0,
+            flows: Vec::new(),
+        };
+        let text = serde_json::to_string(&Answer::from(flows.clone())).expect("JSON");
+        assert!(text.starts_with(r#"{"ok":{"table_out":"#), "{text}");
+        let Reply::Ok(read) = serde_json::from_str::<Reply<Flows>>(&text).expect("a reply") else {
+            panic!("{text}");
+        };
+        assert_eq!(read, flows);
+        let text = serde_json::to_string(&Answer::Error("no".to_owned())).expect("JSON");
+        assert_eq!(text, r#"{"error":"no"}"#);
+    }
 }

@@ -39,9 +39,12 @@ use crate::{
     health::Health,
     lease::Lease,
     network::FastPath,
-    observe::status::{
-        ConflictStatus, CounterStatus, KernelStatus, NodeStatus, PeerStatus, PodStatus,
-        SourceStatus, Status,
+    observe::{
+        flows::Filter,
+        status::{
+            ConflictStatus, CounterStatus, KernelStatus, NodeStatus, PeerStatus, PodStatus,
+            SourceStatus, Status, fast_path_text,
+        },
     },
     source::Conflict,
     uplink::{Uplink, follow::Followed},
@@ -514,7 +517,8 @@ impl Reconciler {
 
     async fn answer(&mut self, request: Request) -> Answer {
         match request {
-            Request::Status => Answer::Ok(Box::new(self.status())),
+            Request::Status => Answer::from(self.status()),
+            Request::Flows(filter) => self.flows(&filter),
             Request::Mode { datapath } => {
                 let preference = match <Preference as clap::ValueEnum>::from_str(&datapath, false) {
                     Ok(preference) => preference,
@@ -532,8 +536,24 @@ impl Reconciler {
                     })
                     .await;
                 }
-                Answer::Ok(Box::new(self.status()))
+                Answer::from(self.status())
             }
+        }
+    }
+
+    fn flows(&mut self, filter: &Filter) -> Answer {
+        let learned = self.switch.ebpf_mut().map(|ebpf| ebpf.flows(filter));
+        match learned.transpose() {
+            Ok(Some(Some(flows))) => Answer::from(flows),
+            Ok(Some(None)) => Answer::Error(format!(
+                "nothing is learned with this fast path: {}",
+                fast_path_text(self.setup.fast_path)
+            )),
+            Ok(None) => Answer::Error(format!(
+                "nothing is learned in netlink mode ({})",
+                self.switch.reason()
+            )),
+            Err(cause) => Answer::Error(format!("{:#}", anyhow::Error::from(cause))),
         }
     }
 
@@ -544,6 +564,13 @@ impl Reconciler {
             .transpose()
             .unwrap_or_else(|error| {
                 warn!(error = &error as &dyn std::error::Error, "no counters");
+                None
+            });
+        let bypass = ebpf
+            .map(|ebpf| ebpf.bypass_status())
+            .transpose()
+            .unwrap_or_else(|error| {
+                warn!(error = &error as &dyn std::error::Error, "no flows");
                 None
             });
         let peers = self
@@ -587,6 +614,8 @@ impl Reconciler {
             mode: self.switch.mode(),
             mode_reason: self.switch.reason().to_owned(),
             fast_path: self.setup.fast_path,
+            fast_path_text: fast_path_text(self.setup.fast_path).to_owned(),
+            bypass: bypass.flatten(),
             node: NodeStatus {
                 subnet: self.setup.subnet,
                 network: self.setup.network,

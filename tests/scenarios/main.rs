@@ -8,6 +8,7 @@
 mod bad_input;
 mod bench;
 mod etcd_faults;
+mod flows;
 mod forged;
 mod health;
 mod lab_itself;

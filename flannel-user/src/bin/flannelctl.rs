@@ -3,6 +3,7 @@
 use std::{
     ffi::OsString,
     fs,
+    net::Ipv4Addr,
     path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
@@ -14,8 +15,14 @@ use flannel_user::{
     control::{self, Request},
     datapath::switch::Preference,
     docker_opts::{self, DockerOpts, Wanted},
-    observe::{status::Status, text},
+    observe::{
+        flows::{Filter, Flows},
+        flows_text,
+        status::Status,
+        text,
+    },
 };
+use serde::de::DeserializeOwned;
 
 /// Asks the flanneld of this machine, or switches its datapath
 #[derive(Parser)]
@@ -47,6 +54,28 @@ enum Verb {
         /// Outcomes that no packet had, too
         #[arg(short, long)]
         all: bool,
+    },
+    /// Learned flows: who talks to whom, by which path and why
+    ///
+    /// A row is a connection of a local pod with a pod of another node, those with most packets
+    /// first. What is not listed was not learned: the stack carries it. All filters that are given
+    /// have to hold.
+    Flows {
+        /// Form of the answer
+        #[arg(short, long, value_enum, default_value_t = Output::Text)]
+        output: Output,
+        /// Flows of the local pod with this address
+        #[arg(long, value_name = "ADDR")]
+        pod: Option<Ipv4Addr>,
+        /// Flows with this far end: a pod, a Service or the public address of a node
+        #[arg(long, value_name = "ADDR|NODE")]
+        peer: Option<Ipv4Addr>,
+        /// Flows with this port at either end
+        #[arg(long, value_name = "N")]
+        port: Option<u16>,
+        /// Show so many at most; 0 for all
+        #[arg(long, value_name = "N", default_value_t = 100)]
+        limit: usize,
     },
     /// Switch pod traffic between eBPF and the kernel path, live and without loss
     Mode {
@@ -125,10 +154,30 @@ fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Verb::Status { output, all } => {
-            let status = ask(arguments, &Request::Status)?;
+            let status: Status = ask(arguments, &Request::Status)?;
             match output {
                 Output::Text => print!("{}", text::render(&status, all)?),
                 Output::Json => println!("{}", serde_json::to_string_pretty(&status)?),
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Verb::Flows {
+            output,
+            pod,
+            peer,
+            port,
+            limit,
+        } => {
+            let filter = Filter {
+                pod,
+                peer,
+                port,
+                limit: (limit > 0).then_some(limit),
+            };
+            let flows: Flows = ask(arguments, &Request::Flows(filter))?;
+            match output {
+                Output::Text => print!("{}", flows_text::render(&flows)?),
+                Output::Json => println!("{}", serde_json::to_string_pretty(&flows)?),
             }
             Ok(ExitCode::SUCCESS)
         }
@@ -136,7 +185,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             let word = datapath
                 .to_possible_value()
                 .map(|value| value.get_name().to_owned());
-            let status = ask(
+            let status: Status = ask(
                 arguments,
                 &Request::Mode {
                     datapath: word.unwrap_or_default(),
@@ -189,7 +238,7 @@ fn make_docker_opts(options: &MkDockerOpts) -> anyhow::Result<()> {
     fs::write(target, file).with_context(|| format!("cannot write {}", target.display()))
 }
 
-fn ask(arguments: &Arguments, request: &Request) -> anyhow::Result<Status> {
+fn ask<T: DeserializeOwned>(arguments: &Arguments, request: &Request) -> anyhow::Result<T> {
     let patience = Duration::from_secs(arguments.timeout);
     tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -103,6 +103,11 @@ impl Switch {
         self.ebpf.as_ref()
     }
 
+    /// The same, to ask what needs a run of a program.
+    pub fn ebpf_mut(&mut self) -> Option<&mut EbpfDatapath> {
+        self.ebpf.as_mut()
+    }
+
     /// Would eBPF be on if it could? Then it is worth knowing pods and next hops.
     #[must_use]
     pub fn wants_ebpf(&self) -> bool {

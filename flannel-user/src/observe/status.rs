@@ -5,6 +5,7 @@ use std::net::Ipv4Addr;
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
+use super::flows::Table;
 use crate::network::FastPath;
 
 /// Which datapath carries pod traffic now. The kernel path is complete in both.
@@ -30,6 +31,12 @@ pub struct Status {
     pub mode_reason: String,
     /// Which packets the programs may take.
     pub fast_path: FastPath,
+    /// The same in a sentence, with what it does not respect.
+    #[serde(default)]
+    pub fast_path_text: String,
+    /// How the bypass of learned flows fares; `None` where nothing is learned.
+    #[serde(default)]
+    pub bypass: Option<BypassStatus>,
     /// This node.
     pub node: NodeStatus,
     /// The lease source.
@@ -135,6 +142,36 @@ pub struct CounterStatus {
     pub bytes: u64,
     /// The outcome in a sentence.
     pub text: String,
+}
+
+/// The bypass of learned flows.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct BypassStatus {
+    /// Nothing bypasses the stack at present, for this reason.
+    pub held: Option<String>,
+    /// TCP does not, for this reason.
+    pub tcp_held: Option<String>,
+    /// How long a verdict holds at present that nobody confirms.
+    pub validity_seconds: f64,
+    /// How often rules, routes or policies changed since this agent opened the datapath; changes
+    /// within one gap count once.
+    pub generations: u64,
+    /// Table of what pods send.
+    pub table_out: Table,
+    /// Table of what pods receive.
+    pub table_in: Table,
+}
+
+/// What a fast path means, in a sentence.
+#[must_use]
+pub const fn fast_path_text(fast_path: FastPath) -> &'static str {
+    match fast_path {
+        FastPath::Off => "programs count, the kernel forwards; switch on with --fast-path learned",
+        FastPath::Learned => "flows go the way that the kernel has shown",
+        FastPath::Direct => {
+            "every packet to a peer's subnet; BLIND TO POLICIES: neither NetworkPolicy nor any other rule of netfilter holds for them"
+        }
+    }
 }
 
 /// The kernel datapath.

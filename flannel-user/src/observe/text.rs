@@ -5,7 +5,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use super::status::{CounterStatus, Mode, Status};
+use super::{
+    flows::Table,
+    status::{BypassStatus, CounterStatus, Mode, Status},
+};
 use crate::network::FastPath;
 
 /// Renders the whole state, most important first.
@@ -20,13 +23,14 @@ pub fn render(status: &Status, all_counters: bool) -> Result<String, fmt::Error>
     };
     writeln!(out, "mode       {mode} ({})", status.mode_reason)?;
     let fast_path = match status.fast_path {
-        FastPath::Off => {
-            "off (programs count, the kernel forwards; switch on with --fast-path direct)"
-        }
-        FastPath::Learned => "learned (flows go the way that the kernel has shown)",
-        FastPath::Direct => "direct (every packet to a peer's subnet; blind to netfilter rules)",
+        FastPath::Off => "off",
+        FastPath::Learned => "learned",
+        FastPath::Direct => "direct",
     };
-    writeln!(out, "fast path  {fast_path}")?;
+    writeln!(out, "fast path  {fast_path} ({})", status.fast_path_text)?;
+    if let Some(bypass) = &status.bypass {
+        render_bypass(&mut out, bypass)?;
+    }
     let node = &status.node;
     writeln!(
         out,
@@ -92,10 +96,10 @@ pub fn render(status: &Status, all_counters: bool) -> Result<String, fmt::Error>
         }
         writeln!(out, "\npods       {}", status.pods.len())?;
         for pod in &status.pods {
-            let path = if pod.attached {
-                "program attached"
-            } else {
-                "through the kernel"
+            let path = match &pod.kept {
+                Some(reason) => format!("through the kernel: {reason}"),
+                None if pod.attached => "program attached".to_owned(),
+                None => "through the kernel".to_owned(),
             };
             writeln!(
                 out,
@@ -125,6 +129,38 @@ pub fn render(status: &Status, all_counters: bool) -> Result<String, fmt::Error>
     Ok(out)
 }
 
+fn render_bypass(out: &mut String, bypass: &BypassStatus) -> fmt::Result {
+    let state = match (&bypass.held, &bypass.tcp_held) {
+        (Some(reason), _) => format!("NOTHING bypasses the stack: {reason}"),
+        (None, Some(reason)) => format!("UDP only; TCP DOES NOT bypass the stack: {reason}"),
+        (None, None) => "TCP and UDP".to_owned(),
+    };
+    writeln!(out, "bypass     {state}")?;
+    writeln!(
+        out,
+        "           verdicts hold {:.1} s unless confirmed; {} changes of rules, routes or policies since start",
+        bypass.validity_seconds, bypass.generations
+    )?;
+    let (sent, received) = (&bypass.table_out, &bypass.table_in);
+    writeln!(
+        out,
+        "           flows {} out, {} in, of {} each{}",
+        sent.flows,
+        received.flows,
+        sent.capacity,
+        pressure(sent, received)
+    )
+}
+
+/// The words for tables that are full; nothing for others.
+pub(super) fn pressure(sent: &Table, received: &Table) -> &'static str {
+    if sent.full || received.full {
+        " (FULL: new flows displace others; raise --fast-path-flows)"
+    } else {
+        ""
+    }
+}
+
 fn lease_end(expires: Option<u64>) -> String {
     let Some(expires) = expires else {
         return ", reservation".to_owned();
@@ -139,7 +175,9 @@ fn lease_end(expires: Option<u64>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::observe::status::{KernelStatus, NodeStatus, PeerStatus, SourceStatus};
+    use crate::observe::status::{
+        KernelStatus, NodeStatus, PeerStatus, SourceStatus, fast_path_text,
+    };
 
     fn status() -> Status {
         Status {
@@ -148,6 +186,8 @@ mod tests {
             mode: Mode::Ebpf,
             mode_reason: "this kernel runs the programs".to_owned(),
             fast_path: FastPath::Direct,
+            fast_path_text: fast_path_text(FastPath::Direct).to_owned(),
+            bypass: None,
             node: NodeStatus {
                 subnet: "10.1.1.0/24".parse().expect("subnet"),
                 network: "10.1.0.0/16".parse().expect("network"),
@@ -190,6 +230,54 @@ mod tests {
         assert!(text.contains("no route by the uplink"), "{text}");
         assert!(
             text.contains("mode       ebpf (this kernel runs the programs)"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn direct_is_said_to_be_blind() {
+        let text = render(&status(), false).expect("text");
+        assert!(text.contains("fast path  direct ("), "{text}");
+        assert!(text.contains("BLIND TO POLICIES"), "{text}");
+        assert!(!text.contains("bypass  "), "nothing is learned: {text}");
+    }
+
+    #[test]
+    fn the_bypass_says_what_holds_it_and_how_full_it_is() {
+        let with = |held: Option<&str>, tcp_held: Option<&str>, full| {
+            let table = Table {
+                flows: 3,
+                capacity: 1024,
+                full,
+            };
+            let bypass = BypassStatus {
+                held: held.map(str::to_owned),
+                tcp_held: tcp_held.map(str::to_owned),
+                validity_seconds: 2.0,
+                generations: 7,
+                table_out: Table::default(),
+                table_in: table,
+            };
+            let status = Status {
+                bypass: Some(bypass),
+                ..status()
+            };
+            render(&status, false).expect("text")
+        };
+        let text = with(None, None, false);
+        assert!(text.contains("bypass     TCP and UDP\n"), "{text}");
+        assert!(text.contains("hold 2.0 s"), "{text}");
+        assert!(text.contains("; 7 changes"), "{text}");
+        assert!(text.contains("flows 0 out, 3 in, of 0 each\n"), "{text}");
+        let text = with(None, Some("sysctl"), true);
+        assert!(
+            text.contains("TCP DOES NOT bypass the stack: sysctl"),
+            "{text}"
+        );
+        assert!(text.contains("FULL"), "{text}");
+        let text = with(Some("a queue"), Some("sysctl"), false);
+        assert!(
+            text.contains("NOTHING bypasses the stack: a queue"),
             "{text}"
         );
     }

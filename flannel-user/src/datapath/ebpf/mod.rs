@@ -16,7 +16,9 @@
 //! then swaps, so packets never meet an empty table.
 
 mod attach;
+pub mod batch;
 pub mod epoch;
+mod flows;
 pub mod invalidation;
 mod object;
 mod pins;
@@ -33,7 +35,8 @@ use ipnet::Ipv4Net;
 
 use self::{
     attach::Attachments,
-    epoch::Generation,
+    epoch::{Clock, Generation},
+    flows::{FlowTables, Learned},
     invalidation::{Bypass, Invalidation},
     pins::PinDir,
     tables::MapTables,
@@ -44,6 +47,10 @@ pub use self::{
     tables::Addresses,
 };
 use super::{conntrack::Conntrack, exclusion::Exclusions, pods::Pod};
+use crate::observe::{
+    flows::{Filter, Flows},
+    status::BypassStatus,
+};
 
 /// Why the eBPF datapath could not be opened or brought up to date.
 #[derive(Debug, thiserror::Error)]
@@ -164,6 +171,7 @@ pub struct EbpfDatapath {
     tables: MapTables,
     attachments: Attachments,
     generation: Generation,
+    flows: FlowTables,
     /// While ways are learned.
     invalidation: Option<Invalidation>,
     options: EbpfOptions,
@@ -184,12 +192,14 @@ impl EbpfDatapath {
         let tables = MapTables::open(&mut programs)?;
         let jiffies = programs.jiffies()?;
         let generation = Generation::open(&pins.maps(), jiffies, options.validity)?;
+        let flows = FlowTables::open(&pins.maps(), options.flows)?;
         let attachments = Attachments::new(options.attach, options.vni);
         Ok(Self {
             programs,
             tables,
             attachments,
             generation,
+            flows,
             invalidation: None,
             options: options.clone(),
             pins,
@@ -252,6 +262,52 @@ impl EbpfDatapath {
         self.invalidation.as_ref().map(Invalidation::state)
     }
 
+    /// The same with the fill of the flow tables, for the status; `None` where nothing is learned.
+    ///
+    /// # Errors
+    /// A flow table could not be read.
+    pub fn bypass_status(&self) -> Result<Option<BypassStatus>, EbpfError> {
+        let Some(bypass) = self.bypass() else {
+            return Ok(None);
+        };
+        let (table_out, table_in) = self.flows.fill()?;
+        Ok(Some(BypassStatus {
+            held: bypass.held,
+            tcp_held: bypass.tcp_held,
+            validity_seconds: bypass.validity.as_secs_f64(),
+            generations: bypass.raised,
+            table_out,
+            table_in,
+        }))
+    }
+
+    /// What was learned; `None` where nothing is learned.
+    ///
+    /// # Errors
+    /// A flow table or the clock could not be read.
+    pub fn flows(&mut self, filter: &Filter) -> Result<Option<Flows>, EbpfError> {
+        let Some(bypass) = self.bypass() else {
+            return Ok(None);
+        };
+        let programs = &mut self.programs;
+        let epoch = self.generation.value();
+        let Learned {
+            table_out,
+            table_in,
+            flows,
+        } = self
+            .flows
+            .read(filter, epoch, || programs.jiffies().map(Clock::new))?;
+        Ok(Some(Flows {
+            table_out,
+            table_in,
+            held: bypass.held,
+            tcp_held: bypass.tcp_held,
+            matching: flows.len(),
+            flows: filter.shown(flows),
+        }))
+    }
+
     /// Sums every outcome over all CPUs, in order of its index.
     ///
     /// # Errors
@@ -271,6 +327,7 @@ impl EbpfDatapath {
             tables,
             attachments,
             generation,
+            flows,
             invalidation,
             options: _,
             pins,
@@ -280,7 +337,7 @@ impl EbpfDatapath {
         generation.allow(false, false);
         drop(invalidation);
         attachments.detach_all(&pins);
-        drop((programs, tables));
+        drop((programs, tables, flows));
         pins.remove_all()
     }
 

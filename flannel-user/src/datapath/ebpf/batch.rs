@@ -1,0 +1,95 @@
+//! Reading a whole hash map of the kernel, a batch of entries a system call.
+//!
+//! Key by key it would take two calls an entry, and start anew whenever the key
+//! that it stands at is removed, as happens all the time in a table of the
+//! least recently used. Batches go by the table's buckets and come to an end.
+
+use std::{
+    io,
+    os::fd::{AsFd as _, AsRawFd as _},
+};
+
+use aya::{Pod, maps::MapData};
+
+/// `BPF_MAP_LOOKUP_BATCH`.
+const LOOKUP_BATCH: libc::c_long = 24;
+/// Entries of one call: more than any bucket of a table holds.
+const ENTRIES: u32 = 4096;
+
+/// `union bpf_attr` of the batch commands.
+#[repr(C)]
+#[derive(Default)]
+struct Attributes {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map: u32,
+    elem_flags: u64,
+    flags: u64,
+}
+
+/// Calls `visit` with each entry of a hash map whose keys are `K` and whose values are `V`.
+///
+/// # Errors
+/// What the kernel says; what was visited before stays visited.
+pub fn for_each<K: Pod, V: Pod>(map: &MapData, mut visit: impl FnMut(&K, &V)) -> io::Result<()> {
+    let info = map.info().map_err(io::Error::other)?;
+    if (info.key_size() as usize, info.value_size() as usize) != (size_of::<K>(), size_of::<V>()) {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "keys or values of another size",
+        ));
+    }
+    let entries = ENTRIES as usize;
+    let mut keys: Vec<K> = Vec::with_capacity(entries);
+    let mut values: Vec<V> = Vec::with_capacity(entries);
+    let (mut place, mut next) = (0u32, 0u32);
+    let mut is_first = true;
+    loop {
+        let mut attributes = Attributes {
+            in_batch: if is_first {
+                0
+            } else {
+                (&raw const place) as u64
+            },
+            out_batch: (&raw mut next) as u64,
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: ENTRIES,
+            map: map.fd().as_fd().as_raw_fd().cast_unsigned(),
+            ..Attributes::default()
+        };
+        // SAFETY: the kernel writes at most `count` keys and values of the sizes compared above
+        // into the vectors' room, and a word into `next`; all live until it returns.
+        let answer = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                LOOKUP_BATCH,
+                &raw mut attributes,
+                size_of::<Attributes>(),
+            )
+        };
+        let error = (answer < 0).then(io::Error::last_os_error);
+        let is_last = match error {
+            None => false,
+            Some(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+            Some(error) => return Err(error),
+        };
+        let found = (attributes.count as usize).min(entries);
+        // SAFETY: the kernel has written so many; any bytes are valid for plain data.
+        unsafe {
+            keys.set_len(found);
+            values.set_len(found);
+        }
+        for (key, value) in keys.iter().zip(&values) {
+            visit(key, value);
+        }
+        if is_last {
+            return Ok(());
+        }
+        place = next;
+        is_first = false;
+    }
+}
