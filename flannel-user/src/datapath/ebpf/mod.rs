@@ -250,7 +250,7 @@ impl EbpfDatapath {
         Ok(report)
     }
 
-    /// Is the program of this pod's veth in place?
+    /// Is the program in place that takes packets in at this pod's veth, or at the uplink?
     #[must_use]
     pub fn is_attached(&self, ifindex: u32) -> bool {
         self.attachments.is_attached(ifindex)
