@@ -112,7 +112,10 @@ fn every_flag_is_read() {
     assert_eq!(flags.fast_path, Some(FastPath::Direct));
     assert_eq!(flags.fast_path_revalidate, Duration::from_secs(7));
     assert_eq!(flags.fast_path_flows, 4096);
-    assert_eq!(flags.fast_path_exclude, ["10.0.0.0/8".parse().expect("a prefix")]);
+    assert_eq!(
+        flags.fast_path_exclude,
+        ["10.0.0.0/8".parse().expect("a prefix")]
+    );
     assert_eq!(flags.tc_attach, TcAttach::Clsact);
     assert_eq!(flags.forged_vxlan, ForgedVxlan::Pass);
     assert!(flags.ip_masq_fully_random_disable && flags.ip_blackhole_route);
