@@ -13,8 +13,8 @@ use crate::layout::{Candidate, Epoch};
 pub const NEEDED: u8 = 3;
 
 /// Packets of a TCP flow, beside opening and closing ones, before it is worth notes. A connection
-/// for one request and its answer has three: it pays for a look into this table and no more.
-pub const STRANGER: u8 = 3;
+/// for one request and its answer has four: it pays for a look into this table and no more.
+pub const STRANGER: u8 = 4;
 
 /// How long a place is kept for somebody who does not show up, in jiffies.
 #[inline(always)]
