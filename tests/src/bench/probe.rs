@@ -44,6 +44,8 @@ pub struct Outcome {
     pub figures: Vec<f64>,
     /// Where single latencies were taken.
     pub latency: Option<Latency>,
+    /// Requests and responses, or connections, that passed, warming up included.
+    pub transactions: Option<u64>,
 }
 
 /// The largest packet that segmentation offload makes.
@@ -85,10 +87,11 @@ pub fn run(stage: &Stage, probe: &Probe, target: Target, pace: Pace) -> Result<O
 
 type Measured = (Outcome, Flows, Passed);
 
-fn latencies(per_second: f64, latency: Latency) -> Outcome {
+fn latencies(per_second: f64, latency: Latency, all: u64) -> Outcome {
     Outcome {
         figures: vec![per_second, latency.p50_us, latency.p99_us, latency.p999_us],
         latency: Some(latency),
+        transactions: Some(all),
     }
 }
 
@@ -121,7 +124,7 @@ fn request_response(
         back: report.all_transactions,
     };
     Ok((
-        latencies(report.per_second, report.latency),
+        latencies(report.per_second, report.latency, report.all_transactions),
         Flows::Long,
         passed,
     ))
@@ -152,7 +155,7 @@ fn connections(stage: &Stage, target: Target, pace: Pace) -> Result<Measured> {
         back: 3 * report.all,
     };
     Ok((
-        latencies(report.per_second, report.latency),
+        latencies(report.per_second, report.latency, report.all),
         Flows::Short,
         passed,
     ))
@@ -181,6 +184,7 @@ fn first_packet(stage: &Stage, target: Target, pace: Pace) -> Result<Measured> {
     let outcome = Outcome {
         figures: vec![latency.p50_us, latency.p99_us],
         latency: Some(latency),
+        transactions: Some(report.flows),
     };
     let passed = Passed {
         there: report.flows,
@@ -219,6 +223,7 @@ fn flood(stage: &Stage, size: usize, target: Target, pace: Pace) -> Result<Measu
             100.0 * (1.0 - arrived / sent.sent as f64),
         ],
         latency: None,
+        transactions: None,
     };
     let passed = Passed {
         // Some may be lost before the node's first counter.
@@ -277,6 +282,7 @@ fn streams(stage: &Stage, count: u8, target: Target, pace: Pace) -> Result<Measu
             end.sum_sent.retransmits as f64,
         ],
         latency: None,
+        transactions: None,
     };
     let passed = Passed {
         there: end.sum_received.bytes / LARGEST,
