@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use super::{
     cpu,
-    measure::{Probe, Target, Traffic},
+    measure::{Many, Probe, Target, Traffic},
     proof::Flows,
     stage::{Passed, Port, Stage},
 };
@@ -21,6 +21,7 @@ use crate::{
     traffic::{
         flood::{FloodReport, SinkReport},
         latency::Latency,
+        many_flows::ManyReport,
         request_response::{FirstReport, Protocol, RrReport, ServeReport},
         short_connections::{ConnectionsReport, ServeReport as ConnectionsServed},
     },
@@ -72,6 +73,7 @@ pub fn run(stage: &Stage, probe: &Probe, target: Target, pace: Pace) -> Result<O
         Traffic::FirstPacket => first_packet(stage, target, pace),
         Traffic::Flood(size) => flood(stage, size, target, pace),
         Traffic::Streams(count) => streams(stage, count, target, pace),
+        Traffic::Many(many) => many_flows(stage, many, target, pace),
     }
     .with_context(what)?;
     watch.expect(way, flows, passed).with_context(what)?;
@@ -231,6 +233,44 @@ fn flood(stage: &Stage, size: usize, target: Target, pace: Pace) -> Result<Measu
         back: 0,
     };
     Ok((outcome, Flows::Long, passed))
+}
+
+fn many_flows(stage: &Stage, many: Many, target: Target, pace: Pace) -> Result<Measured> {
+    let (to, port) = stage.way_to(Port::Flows, target);
+    let word = many.protocol.name();
+    let serving = if many.same_cpu {
+        pace.cpu
+    } else {
+        pace.other_cpu
+    };
+    let server = Task::start(
+        stage.server(),
+        &format!("many-serve --protocol {word} --port {port} --cpu {serving}"),
+    )?;
+    let report: ManyReport = Task::start(
+        stage.client(),
+        &format!(
+            "many --protocol {word} --to {to} --flows {} --window {} --seconds {} --cpu {}",
+            many.flows, many.window, many.seconds, pace.cpu
+        ),
+    )?
+    .result()?;
+    drop(server);
+    report.check()?;
+    // Samples are of 100 ms.
+    let late = &report.samples[report.samples.len() / 2..];
+    let rate = 10.0 * late.iter().sum::<u64>() as f64 / late.len() as f64;
+    let outcome = Outcome {
+        figures: vec![rate, report.worst_second()],
+        latency: None,
+        transactions: Some(report.transactions),
+    };
+    // Requests of TCP flows may share a segment's way with acknowledgements, never the reverse.
+    let passed = Passed {
+        there: report.transactions,
+        back: report.transactions,
+    };
+    Ok((outcome, Flows::Many, passed))
 }
 
 /// What is used of `iperf3 -J`.
