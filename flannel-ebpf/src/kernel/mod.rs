@@ -81,7 +81,10 @@ fn leave(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Result<(Reason,
                 return Err(Reason::OutBoundary);
             }
         },
-        Leave::Ask(packet) => (packet, Reason::OutUnlearned),
+        Leave::Ask(packet) if watch::is_met(&packet, node, Way::Out) => {
+            (packet, Reason::OutUnlearned)
+        }
+        Leave::Ask(_) => return Err(Reason::OutUnlearned),
         Leave::Kernel(reason) => return Err(reason),
     };
     watch::note(wire, ETHERNET, &packet, node, Way::Out, false);
@@ -120,6 +123,11 @@ pub(crate) fn from_uplink(context: TcContext) -> i32 {
         }
         _ => Err(Reason::InFastPathOff),
     };
+    if let Err(reason) = &outcome
+        && let Some(question) = watch::question(*reason)
+    {
+        wire.set_sign(question);
+    }
     finish(&context, outcome, len)
 }
 
@@ -148,16 +156,25 @@ fn arrive(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Result<(Reason
 }
 
 /// Ingress of the tunnel device: the packet is whole again, and the stack is about to judge it.
+/// The uplink's hook has said whether that is of interest.
 #[classifier]
 pub(crate) fn from_tunnel(context: TcContext) -> i32 {
+    let question = wire::sign(&context);
+    if question != sign::PROBE && question != sign::KNOWN && question != sign::STRANGE {
+        return NEXT;
+    }
     let wire = Wire::new(&context);
+    let probe = question == sign::PROBE;
+    if !probe {
+        wire.set_sign(sign::NONE);
+    }
     if let Some(node) = learning()
         && let Some(ethernet) = wire.at::<Ethernet>(0)
         && ethernet.ether_type == flannel_ebpf::header::IPV4
         && let Some(packet) = Packet::read(&wire, ETHERNET)
         && !packet.is_boundary()
+        && (question != sign::STRANGE || watch::is_met(&packet, node, Way::In))
     {
-        let probe = wire::sign(&context) == sign::PROBE;
         watch::note(&wire, ETHERNET, &packet, node, Way::In, probe);
     }
     NEXT
@@ -166,7 +183,10 @@ pub(crate) fn from_tunnel(context: TcContext) -> i32 {
 /// Egress of a pod's host-side veth: what the stack made of a peer's packet.
 #[classifier]
 pub(crate) fn to_pod(context: TcContext) -> i32 {
-    let wire = Wire::new(&context);
+    let sign = wire::sign(&context);
+    if sign != sign::NOTED && sign != sign::PROBE {
+        return NEXT;
+    }
     let Some(node) = learning() else {
         return absorb(&context);
     };
@@ -174,6 +194,7 @@ pub(crate) fn to_pod(context: TcContext) -> i32 {
     if wire::ingress(&context) != node.tunnel {
         return NEXT;
     }
+    let wire = Wire::new(&context);
     let len = wire.meta().len;
     if let Some(reason) = watch::arrived(&wire, node) {
         counters::count(reason, len);
@@ -194,11 +215,14 @@ fn absorb(context: &TcContext) -> i32 {
 /// Egress of the uplink: what the stack made of a pod's packet.
 #[classifier]
 pub(crate) fn to_uplink(context: TcContext) -> i32 {
-    if wire::sign(&context) == sign::BYPASSED {
-        wire::set_sign(&context, sign::NONE);
+    let sign = wire::sign(&context);
+    if sign != sign::BYPASSED && sign != sign::NOTED {
         return NEXT;
     }
-    if let Some(node) = learning() {
+    wire::set_sign(&context, sign::NONE);
+    if sign == sign::NOTED
+        && let Some(node) = learning()
+    {
         let wire = Wire::new(&context);
         let len = wire.meta().len;
         if let Some(reason) = watch::left(&context, &wire, node) {

@@ -28,6 +28,8 @@ pub enum Way {
 pub enum Flows {
     /// Thousands of packets each.
     Long,
+    /// Long ones that take their turns, each of which has to be learned first.
+    Many,
     /// A few packets each.
     Short,
 }
@@ -97,6 +99,7 @@ impl Way {
                     programs + tunnel >= packets
                         && tunnel.saturating_mul(LEARNED_SHARE) <= programs.max(LEARNED_SHARE * 50)
                 }
+                Flows::Many => programs + tunnel >= packets && programs >= tunnel / 4,
                 Flows::Short => programs + tunnel >= packets,
             },
         }
