@@ -26,7 +26,11 @@ pub mod learn;
 pub mod learned;
 pub mod outer;
 pub mod packet;
+#[cfg(any(test, feature = "rows"))]
+pub mod random;
 pub mod reason;
+#[cfg(any(test, feature = "rows"))]
+pub mod rewrite;
 #[cfg(any(test, feature = "rows"))]
 pub mod rows;
 pub mod sighting;
