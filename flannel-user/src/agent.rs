@@ -7,6 +7,7 @@
 mod firewall;
 mod peers;
 mod republish;
+mod signals;
 
 use std::{
     path::{Path, PathBuf},
@@ -16,13 +17,10 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use ipnet::Ipv4Net;
-use tokio::{
-    signal::unix::{SignalKind, signal},
-    sync::{mpsc, oneshot, watch},
-};
+use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{error, info, warn};
 
-use self::republish::Announced;
+use self::{republish::Announced, signals::Signals};
 use crate::{
     backend::{alloc, vxlan},
     control::{self, Answer, Call},
@@ -94,12 +92,13 @@ pub struct Options {
 /// The start failed; what was done until then stays (device, lease), so that a
 /// restart goes on from there.
 pub async fn run(options: Options) -> anyhow::Result<()> {
-    let mut interrupt = signal(SignalKind::interrupt()).context("handle SIGINT")?;
-    let mut terminate = signal(SignalKind::terminate()).context("handle SIGTERM")?;
+    let mut signals = Signals::listen()?;
     tokio::select! {
         result = serve(options) => result,
-        _ = interrupt.recv() => { info!("interrupted; the datapath stays"); Ok(()) }
-        _ = terminate.recv() => { info!("told to stop; the datapath stays"); Ok(()) }
+        name = signals.first() => {
+            info!(signal = name, "told to stop; the datapath stays");
+            Ok(())
+        }
     }
 }
 
