@@ -206,11 +206,12 @@ async fn start(options: &Options, phase: &Phase) -> anyhow::Result<Started> {
         address: None,
         network: network.network,
     };
-    // Listening starts before the first look at the kernel, so nothing falls in between.
-    let events =
-        kernel_events::listen(reconcile::is_relevant).context("listen for kernel events")?;
     let rtnl = Rtnl::open().context("open a netlink socket")?;
     let mut netlink = NetlinkDatapath::open().context("open a netlink socket")?;
+    // Listening starts before the first look at the kernel, so nothing falls in between.
+    let own = netlink.port();
+    let events = kernel_events::listen(move |event| reconcile::is_relevant(event, own));
+    let events = events.context("listen for kernel events")?;
     let device = netlink.ensure_device(&spec).await?;
     info!(device = device.name, mac = %device.mac, mtu = device.mtu, created = device.created, "tunnel device");
 
