@@ -279,6 +279,7 @@ async fn forward(
         ebpf,
         options.datapath,
         options.control_socket.with_extension("mode"),
+        setup.network,
     );
     if !switch.wants_ebpf() {
         switch.clear();

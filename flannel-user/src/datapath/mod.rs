@@ -1,6 +1,7 @@
 //! The two datapaths: the kernel's own, always complete, and eBPF above it.
 
 pub mod conntrack;
+pub mod conntrack_restore;
 pub mod conntrack_table;
 pub mod ebpf;
 pub mod exclusion;
@@ -10,6 +11,7 @@ pub mod next_hop;
 pub mod node_config;
 pub mod pods;
 pub mod remotes;
+pub mod ruleset;
 pub mod shaping;
 pub mod switch;
 pub mod tunnel_mtu;
