@@ -34,7 +34,7 @@ impl Bar {
             "host" => "no rules",
             "host-nf" => "with rules",
             "netlink" => "as flannel",
-            "learned" => "eBPF",
+            "learned" => "eBPF, default",
             "direct" => "eBPF, blind",
             "veth" => "no node",
             _ => "another agent",
