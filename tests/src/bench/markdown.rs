@@ -259,7 +259,10 @@ fn growth(curves: &[Curve]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::results::{rows, tests::series};
+    use crate::bench::{
+        machine::Machine,
+        results::{Settings, rows, tests::series},
+    };
 
     #[test]
     fn overlapping_spreads_are_said_to_be_no_difference() {
@@ -271,6 +274,35 @@ mod tests {
         let direct = text.lines().last().expect("a line");
         assert!(direct.contains("no difference"), "{direct}");
         assert!(direct.contains("1.14 (1.08 … 1.19)"), "{direct}");
+    }
+
+    #[test]
+    fn less_time_is_more_speed_at_a_glance() {
+        let mut all = [
+            series("netlink", &[20.0, 22.0]),
+            series("learned", &[10.0, 11.0]),
+            series("direct", &[19.0, 21.0]),
+        ];
+        for one in &mut all {
+            one.measure = "tcp_rr_p50".to_owned();
+            one.figure.better = Better::Lower;
+        }
+        let report = Report {
+            machine: Machine::default(),
+            settings: Settings {
+                quick: true,
+                rounds: 2,
+                seconds: 1.0,
+                cpu: 0,
+            },
+            results: rows(&all),
+            distributions: Vec::new(),
+            programs: Vec::new(),
+            growth: Vec::new(),
+        };
+        let text = glance(&report);
+        let line = text.lines().last().expect("a line");
+        assert!(line.ends_with("| 2.00 | ~ 1.05 |"), "{line}");
     }
 
     #[test]
