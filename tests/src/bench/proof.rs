@@ -100,7 +100,8 @@ impl Way {
             Self::Learned => match flows {
                 Flows::Long => {
                     programs + tunnel >= packets
-                        && tunnel.saturating_mul(LEARNED_SHARE) <= programs.max(LEARNED_SHARE * BEGINNINGS)
+                        && tunnel.saturating_mul(LEARNED_SHARE)
+                            <= programs.max(LEARNED_SHARE * BEGINNINGS)
                 }
                 Flows::Many => programs + tunnel >= packets && programs >= tunnel / 4,
                 Flows::Short => programs + tunnel >= packets,
