@@ -6,6 +6,10 @@ use crate::{frame::Frame, header, layout::FlowKey};
 
 /// TCP flags of a packet that opens or ends a connection: FIN, SYN and RST.
 pub const BOUNDARY: u8 = 0b111;
+/// TCP flag FIN.
+pub const FIN: u8 = 0b001;
+/// TCP flag RST.
+pub const RST: u8 = 0b100;
 /// TCP flag SYN.
 pub const SYN: u8 = 0b010;
 /// TCP flag ACK.

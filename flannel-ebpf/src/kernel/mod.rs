@@ -8,6 +8,7 @@
 mod apply;
 mod counters;
 mod maps;
+mod own;
 mod slowed;
 mod trace;
 mod watch;
@@ -18,7 +19,7 @@ use flannel_ebpf::{
     decap::{self, Arrive},
     encap::{self, Leave},
     frame::Frame as _,
-    header::Ethernet,
+    header::{self, Ethernet},
     layout::{FAST_PATH_DIRECT, FAST_PATH_LEARNED, FlowKey, NodeConfig, Verdict},
     learned::Hit,
     packet::Packet,
@@ -28,6 +29,7 @@ use flannel_ebpf::{
 
 use self::{
     maps::KernelTables,
+    own::Own,
     wire::{Wire, sign},
 };
 
@@ -49,12 +51,9 @@ fn learning() -> Option<&'static NodeConfig> {
 pub(crate) fn from_pod(context: TcContext) -> i32 {
     let wire = Wire::new(&context);
     let len = wire.meta().len;
-    let outcome = match maps::node() {
-        Some(node) if node.flags & FAST_PATH_LEARNED != 0 => leave(&context, &wire, node),
-        Some(node) if node.flags & FAST_PATH_DIRECT != 0 => {
-            encap::encapsulate(&wire, &KernelTables).map(|way| apply::send(&context, &way))
-        }
-        _ => Err(Reason::OutFastPathOff),
+    let outcome = match learning() {
+        Some(node) => leave(&context, &wire, node),
+        None => Err(Reason::OutFastPathOff),
     };
     finish(&context, outcome, len)
 }
@@ -78,13 +77,44 @@ fn leave(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Result<(Reason,
             Hit::Kernel { reason, .. } => return Err(reason),
             Hit::End(flow) => {
                 end(Way::Out, &packet.key, &flow.verdict);
-                return Err(Reason::OutBoundary);
+                return unknown_out(context, wire, node, &packet);
             }
         },
-        Leave::Ask(packet) => (packet, Reason::OutUnlearned),
+        Leave::Unknown(packet) => return unknown_out(context, wire, node, &packet),
         Leave::Kernel(reason) => return Err(reason),
     };
     watch::note(wire, ETHERNET, &packet, node, Way::Out, false);
+    Err(reason)
+}
+
+/// From a pod, and no verdict carries it.
+#[inline(always)]
+fn unknown_out(
+    context: &TcContext,
+    wire: &Wire,
+    node: &NodeConfig,
+    packet: &Packet,
+) -> Result<(Reason, i32), Reason> {
+    let mut reason = Reason::OutUnlearned;
+    if packet.key.protocol == header::TCP {
+        match own::out(context, wire, node, packet) {
+            Own::Carried(outcome) => return Ok(outcome),
+            Own::Kernel(reason) => return Err(reason),
+            Own::Stranger => {}
+            // What the stack makes of it tells whether the kernel chooses its port.
+            Own::Opening => {
+                if node.flags & FAST_PATH_DIRECT != 0 {
+                    watch::note(wire, ETHERNET, packet, node, Way::Out, false);
+                }
+                return Err(Reason::OutBoundary);
+            }
+        }
+    }
+    if let Err(other) = encap::ask(wire, &KernelTables, node, packet) {
+        reason = other;
+    } else {
+        watch::note(wire, ETHERNET, packet, node, Way::Out, false);
+    }
     Err(reason)
 }
 
@@ -113,12 +143,9 @@ fn end(way: Way, key: &FlowKey, verdict: &Verdict) {
 pub(crate) fn from_uplink(context: TcContext) -> i32 {
     let wire = Wire::new(&context);
     let len = wire.meta().len;
-    let outcome = match maps::node() {
-        Some(node) if node.flags & FAST_PATH_LEARNED != 0 => arrive(&context, &wire, node),
-        Some(node) if node.flags & FAST_PATH_DIRECT != 0 => {
-            decap::deliver(&wire, &KernelTables).map(|way| apply::deliver(&context, &way))
-        }
-        _ => Err(Reason::InFastPathOff),
+    let outcome = match learning() {
+        Some(node) => arrive(&context, &wire, node),
+        None => Err(Reason::InFastPathOff),
     };
     finish(&context, outcome, len)
 }
@@ -140,11 +167,30 @@ fn arrive(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Result<(Reason
             Hit::Kernel { reason, .. } => Err(reason),
             Hit::End(flow) => {
                 end(Way::In, &packet.key, &flow.verdict);
-                Err(Reason::InBoundary)
+                unknown_in(context, wire, node, &packet)
             }
         },
+        Arrive::Unknown(packet) => unknown_in(context, wire, node, &packet),
         Arrive::Kernel(reason) => Err(reason),
     }
+}
+
+/// From a peer, and no verdict carries it.
+#[inline(always)]
+fn unknown_in(
+    context: &TcContext,
+    wire: &Wire,
+    node: &NodeConfig,
+    packet: &Packet,
+) -> Result<(Reason, i32), Reason> {
+    if packet.key.protocol == header::TCP {
+        match own::inward(context, wire, node, packet) {
+            Own::Carried(outcome) => return Ok(outcome),
+            Own::Kernel(reason) => return Err(reason),
+            Own::Stranger | Own::Opening => {}
+        }
+    }
+    Err(decap::unknown(packet))
 }
 
 /// Ingress of the tunnel device: the packet is whole again, and the stack is about to judge it.
@@ -203,6 +249,9 @@ pub(crate) fn to_uplink(context: TcContext) -> i32 {
         let len = wire.meta().len;
         if let Some(reason) = watch::left(&context, &wire, node) {
             counters::count(reason, len);
+            if reason.action() == Action::Dropped {
+                return DROP;
+            }
         }
     }
     NEXT

@@ -7,8 +7,9 @@ use flannel_ebpf::{
     frame::Frame as _,
     hash,
     header::Ethernet,
-    layout::{Candidate, FlowKey, NodeConfig, Note, TEMPLATE_LEN, Trail, Verdict},
+    layout::{Candidate, FAST_PATH_DIRECT, FlowKey, NodeConfig, Note, TEMPLATE_LEN, Trail, Verdict},
     learn::{self, Arrived, Left},
+    own,
     packet::Packet,
     reason::Reason,
     sighting::{self, Match, Way},
@@ -149,11 +150,16 @@ pub(super) fn left(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Optio
         return None;
     }
     let packet = Packet::read(wire, encap::INNER_IP)?;
-    if packet.is_boundary() {
+    let is_opening =
+        node.flags & FAST_PATH_DIRECT != 0 && own::is_opening(packet.tcp_flags);
+    if packet.is_boundary() && !is_opening {
         return None;
     }
     let mut leaving = sighting::note(wire, encap::INNER_IP, &packet)?;
     leaving.at = maps::jiffies();
+    if is_opening {
+        return opening_left(&packet.key, &leaving, node);
+    }
     let found = match find(&leaving, node, Way::Out) {
         Ok(found) => found,
         Err(reason) => return Some(reason),
@@ -209,6 +215,34 @@ pub(super) fn left(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Optio
             reason
         }
     })
+}
+
+/// A SYN of a pod took the stack. If it was translated, or nobody knows whether, the kernel
+/// chooses the ports of all connections of this pod to this server from now on.
+#[inline(always)]
+fn opening_left(wire: &FlowKey, leaving: &Note, node: &NodeConfig) -> Option<Reason> {
+    KernelTables.local_pod(wire.src)?;
+    let is_translated = match find(leaving, node, Way::Out) {
+        // SAFETY: a per-CPU value that nothing writes during this run.
+        Ok(found) => unsafe { (*found.slot).key != *wire },
+        Err(_) => true,
+    };
+    if is_translated {
+        maps::mark_translated(&own::opening::class(wire, Way::Out));
+    }
+    let entry = maps::own(wire)?;
+    // SAFETY: a map's value; single bytes, which nobody sets back.
+    unsafe {
+        let flow = &mut *entry;
+        own::leave_to_kernel(flow);
+        if is_translated && flow.taken == 0 {
+            // Two live connections with one tuple on the wire. Conntrack would have given this one
+            // another port, had it known the other: the agent tells it, and the SYN comes again.
+            flow.clashed = 1;
+            return Some(Reason::OwnClashed);
+        }
+    }
+    None
 }
 
 /// What the stack made of a peer's packet: sighting at the egress of a pod's veth. With the

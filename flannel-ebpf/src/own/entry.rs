@@ -1,0 +1,81 @@
+//! What the maps hold of own connections: part of the contract in [`crate::layout`].
+
+use bytemuck::{Pod, Zeroable};
+
+/// What one end of an own connection has sent. Each end has its own bytes: packets of both may be
+/// under way on two CPUs at once.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct OwnEnd {
+    /// Its last acknowledgement number, as on the wire.
+    pub ack: [u8; 4],
+    /// Bits named `END_…`.
+    pub sent: u8,
+    /// Always zero.
+    pub _pad: [u8; 3],
+}
+const _: () = assert!(size_of::<OwnEnd>() == 8);
+
+/// [`OwnEnd::sent`]: `ack` is set.
+pub const END_ACK: u8 = 1 << 0;
+/// [`OwnEnd::sent`]: a SYN-ACK.
+pub const END_SYN_ACK: u8 = 1 << 1;
+/// [`OwnEnd::sent`]: an ACK after the other end's SYN-ACK.
+pub const END_ESTABLISHED: u8 = 1 << 2;
+/// [`OwnEnd::sent`]: a FIN.
+pub const END_FIN: u8 = 1 << 3;
+/// [`OwnEnd::sent`]: a RST that ended the connection.
+pub const END_RST: u8 = 1 << 4;
+/// [`OwnEnd::sent`]: a RST of which it is not known whether the other end took it.
+pub const END_DOUBTFUL_RST: u8 = 1 << 5;
+
+/// Value of `OWN`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct OwnFlow {
+    /// When its SYN came, in jiffies.
+    pub born: u32,
+    /// When it closed, in jiffies; means nothing before.
+    pub closed: u32,
+    /// What the pod has sent.
+    pub pod: OwnEnd,
+    /// What the peer has sent.
+    pub peer: OwnEnd,
+    /// Global generation at its birth.
+    pub generation: u32,
+    /// 0: the pod is the client; 1: the peer is.
+    pub opener: u8,
+    /// 1: the kernel has this tuple; the entry carries nothing any more.
+    pub taken: u8,
+    /// 1: the agent should hand it over at once.
+    pub recalled: u8,
+    /// 1: a translated connection wants the same tuple.
+    pub clashed: u8,
+}
+const _: () = assert!(size_of::<OwnFlow>() == 32);
+
+/// What connections are alike in: key of `CLASSES`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct ClassKey {
+    /// Address of the pod of this node.
+    pub pod: [u8; 4],
+    /// Address of the peer.
+    pub peer: [u8; 4],
+    /// Port of the server, network order.
+    pub port: [u8; 2],
+    /// 0: the pod is the client; 1: the peer is.
+    pub opener: u8,
+    /// Always zero.
+    pub _pad: u8,
+}
+const _: () = assert!(size_of::<ClassKey>() == 12);
+
+/// Value of `CLASSES`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Class {
+    /// 1: the pod reaches this server through a Service too, so the kernel has to choose ports.
+    pub translated: u32,
+}
+const _: () = assert!(size_of::<Class>() == 4);
