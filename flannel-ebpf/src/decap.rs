@@ -39,7 +39,8 @@ const OUTER_IP: usize = size_of::<Ethernet>();
 const OUTER_UDP: usize = OUTER_IP + Ipv4Hdr::LEN;
 const VXLAN: usize = OUTER_UDP + size_of::<UdpHdr>();
 const INNER_ETHERNET: usize = VXLAN + VxlanHdr::LEN;
-const INNER_IP: usize = INNER_ETHERNET + size_of::<Ethernet>();
+/// Offset of the inner IP header.
+pub const INNER_IP: usize = INNER_ETHERNET + size_of::<Ethernet>();
 const _: () = assert!(INNER_IP == OUTER_IP + OVERHEAD);
 
 /// What to do with a tunnel packet that no known peer can have sent.
@@ -140,8 +141,9 @@ fn is_whole(tunnel: &Tunnel<'_>, len: u32) -> bool {
 pub enum Arrive<'a> {
     /// Its flow has an entry. With the packet comes the inner TOS byte afterwards.
     Known(Hit<'a, InFlow>, Packet, u8),
-    /// Genuine, but no verdict carries it; TCP may be of an own connection.
-    Unknown(Packet),
+    /// Genuine, but no verdict carries it; TCP may be of an own connection. (Without the packet:
+    /// in two places of one enum it would be copied in pieces that the verifier refuses.)
+    Unknown,
     /// The stack has it, or it is forged.
     Kernel(Reason),
 }
@@ -176,7 +178,7 @@ pub fn arrive<'a, F: Frame, T: Tables>(frame: &F, tables: &'a T, node: &NodeConf
         return Arrive::Kernel(reason);
     }
     match Packet::read(frame, INNER_IP) {
-        Some(packet) => Arrive::Unknown(packet),
+        Some(_) => Arrive::Unknown,
         None => Arrive::Kernel(unfit(tunnel.inner)),
     }
 }

@@ -83,6 +83,8 @@ mod tests {
         validity: 2000,
         probe_gap: 250,
         recheck_gap: 5,
+        own_until: 0,
+        own_linger: 0,
     };
 
     fn verdict() -> Verdict {

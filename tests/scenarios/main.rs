@@ -7,6 +7,7 @@
 
 mod bad_input;
 mod bench;
+mod direct;
 mod etcd_faults;
 mod flows;
 mod forged;

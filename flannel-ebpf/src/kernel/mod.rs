@@ -170,7 +170,10 @@ fn arrive(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Result<(Reason
                 unknown_in(context, wire, node, &packet)
             }
         },
-        Arrive::Unknown(packet) => unknown_in(context, wire, node, &packet),
+        Arrive::Unknown => match Packet::read(wire, decap::INNER_IP) {
+            Some(packet) => unknown_in(context, wire, node, &packet),
+            None => Err(Reason::InMalformed),
+        },
         Arrive::Kernel(reason) => Err(reason),
     }
 }

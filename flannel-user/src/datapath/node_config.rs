@@ -79,7 +79,7 @@ pub fn compose(facts: &NodeFacts, settings: &KernelSettings) -> NodeConfig {
     let (first, last) = settings.port_range;
     let fast_path = match facts.fast_path {
         FastPath::Off => 0,
-        FastPath::Direct => FAST_PATH_DIRECT,
+        FastPath::Direct => FAST_PATH_DIRECT | FAST_PATH_LEARNED,
         FastPath::Learned => FAST_PATH_LEARNED,
     };
     let exclusions = if facts.has_exclusions {

@@ -21,6 +21,7 @@ pub mod epoch;
 mod flows;
 pub mod invalidation;
 mod object;
+mod own;
 mod pins;
 mod tables;
 mod trace;
@@ -28,22 +29,25 @@ mod trace;
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use flannel_ebpf::{
-    layout::{FAST_PATH_LEARNED, LocalPod, NodeConfig, POD_IN_KERNEL, RemoteSubnet, Tally},
+    layout::{FAST_PATH_DIRECT, FAST_PATH_LEARNED, LocalPod, NodeConfig, POD_IN_KERNEL, RemoteSubnet, Tally},
     reason::Reason,
 };
 use ipnet::Ipv4Net;
+use tracing::debug;
 
 use self::{
     attach::Attachments,
     epoch::{Clock, Generation},
     flows::{FlowTables, Learned},
     invalidation::{Bypass, Invalidation},
+    own::OwnFlows,
     pins::PinDir,
     tables::MapTables,
 };
 pub use self::{
     attach::{CLSACT_PRIORITY, TcAttach},
     object::Programs,
+    own::OwnState,
     tables::Addresses,
 };
 use super::{conntrack::Conntrack, exclusion::Exclusions, pods::Pod};
@@ -174,6 +178,10 @@ pub struct EbpfDatapath {
     flows: FlowTables,
     /// While ways are learned.
     invalidation: Option<Invalidation>,
+    /// The same: what an agent before us opened is handed over even if nothing opens any more.
+    own: Option<OwnFlows>,
+    /// What an earlier agent had left of own connections was handed over.
+    is_emptied: bool,
     options: EbpfOptions,
     pins: PinDir,
     _trace: Option<trace::Trace>,
@@ -201,6 +209,8 @@ impl EbpfDatapath {
             generation,
             flows,
             invalidation: None,
+            own: None,
+            is_emptied: false,
             options: options.clone(),
             pins,
             _trace: trace,
@@ -228,14 +238,27 @@ impl EbpfDatapath {
             self.generation.set_clock(jiffies);
         }
         // Before anything may bypass the stack, the stack is made ready and watched.
-        if wanted.node.flags & FAST_PATH_LEARNED == 0 {
+        let learned = wanted.node.flags & FAST_PATH_LEARNED != 0;
+        if !learned {
             self.invalidation = None;
-        } else if self.invalidation.is_none() {
+            self.own = None;
+            // The programs will carry nothing: whatever an agent before us opened goes first.
+            if !std::mem::replace(&mut self.is_emptied, true) {
+                own::hand_over_all(&self.pins.maps())?;
+            }
+        } else if self.own.is_none() {
+            self.own = Some(OwnFlows::start(
+                &self.pins.maps(),
+                self.generation.clone(),
+            )?);
+        }
+        if learned && self.invalidation.is_none() {
             self.invalidation = Some(Invalidation::start(
                 &self.pins.maps(),
                 self.generation.clone(),
                 Conntrack::new(self.options.conntrack_memory.clone()),
                 self.options.validity,
+                self.own.as_ref().and_then(OwnFlows::commands),
             )?);
         }
         self.tables.exclude(&wanted.exclusions)?;
@@ -244,6 +267,10 @@ impl EbpfDatapath {
         let report = self
             .attachments
             .sync(&mut self.programs, &self.pins, wanted, thorough);
+        // Now that every SYN which takes the stack is seen.
+        if let Some(own) = &self.own {
+            own.allow(wanted.node.flags & FAST_PATH_DIRECT != 0);
+        }
         if report.failures.is_empty() {
             self.pins.forget_other_layouts()?;
         }
@@ -278,6 +305,7 @@ impl EbpfDatapath {
             generations: bypass.raised,
             table_out,
             table_in,
+            own: self.own.as_ref().map(OwnFlows::state),
         }))
     }
 
@@ -329,10 +357,14 @@ impl EbpfDatapath {
             generation,
             flows,
             invalidation,
+            own,
+            is_emptied: _,
             options: _,
             pins,
             _trace,
         } = self;
+        // What conntrack does not know yet is handed over while the programs still carry it.
+        drop(own);
         // Nothing bypasses the stack any more while the programs go one by one.
         generation.allow(false, false);
         drop(invalidation);
@@ -349,6 +381,9 @@ impl EbpfDatapath {
         let Some(pins) = PinDir::existing(options) else {
             return Ok(());
         };
+        if let Err(error) = own::hand_over_all(&pins.maps()) {
+            debug!(%error, "an agent of another version left its connections to the stack");
+        }
         Attachments::new(options.attach, options.vni).detach_all(&pins);
         pins.remove_all()
     }
