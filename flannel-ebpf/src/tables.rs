@@ -1,6 +1,8 @@
 //! What the decisions ask of the maps and of the clock.
 
-use crate::layout::{ClassKey, Epoch, FlowKey, InFlow, LocalPod, NodeConfig, OutFlow, RemoteSubnet};
+use crate::layout::{
+    ClassKey, Epoch, FlowKey, InFlow, LocalPod, NodeConfig, OutFlow, RemoteSubnet,
+};
 
 /// The maps in the kernel, plain collections in tests.
 pub trait Tables {

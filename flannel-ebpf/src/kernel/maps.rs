@@ -7,9 +7,10 @@ use aya_ebpf::{
 };
 use flannel_ebpf::{
     layout::{
-        CANDIDATES, Candidate, Class, ClassKey, DEFAULT_FLOWS, Epoch, FlowKey, GENERATION_SLOTS, InFlow, LocalPod,
-        MAX_CLASSES, MAX_EXCLUDED_SUBNETS, MAX_LOCAL_PODS, MAX_REMOTE_SUBNETS, NOTES, NodeConfig, Note, OWN_FLOWS, OutFlow, OwnFlow,
-        PORT_WORDS, RemoteSubnet, TEMPLATE_LEN, TRAILS, Tally, Trail,
+        CANDIDATES, Candidate, Class, ClassKey, DEFAULT_FLOWS, Epoch, FlowKey, GENERATION_SLOTS,
+        InFlow, LocalPod, MAX_CLASSES, MAX_EXCLUDED_SUBNETS, MAX_LOCAL_PODS, MAX_REMOTE_SUBNETS,
+        NOTES, NodeConfig, Note, OWN_FLOWS, OutFlow, OwnFlow, PORT_WORDS, RemoteSubnet,
+        TEMPLATE_LEN, TRAILS, Tally, Trail,
     },
     reason::Reason,
     sighting::Way,

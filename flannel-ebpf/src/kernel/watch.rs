@@ -7,7 +7,9 @@ use flannel_ebpf::{
     frame::Frame as _,
     hash,
     header::Ethernet,
-    layout::{Candidate, FAST_PATH_DIRECT, FlowKey, NodeConfig, Note, TEMPLATE_LEN, Trail, Verdict},
+    layout::{
+        Candidate, FAST_PATH_DIRECT, FlowKey, NodeConfig, Note, TEMPLATE_LEN, Trail, Verdict,
+    },
     learn::{self, Arrived, Left},
     own,
     packet::Packet,
@@ -150,8 +152,7 @@ pub(super) fn left(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Optio
         return None;
     }
     let packet = Packet::read(wire, encap::INNER_IP)?;
-    let is_opening =
-        node.flags & FAST_PATH_DIRECT != 0 && own::is_opening(packet.tcp_flags);
+    let is_opening = node.flags & FAST_PATH_DIRECT != 0 && own::is_opening(packet.tcp_flags);
     if packet.is_boundary() && !is_opening {
         return None;
     }

@@ -29,7 +29,10 @@ mod trace;
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use flannel_ebpf::{
-    layout::{FAST_PATH_DIRECT, FAST_PATH_LEARNED, LocalPod, NodeConfig, POD_IN_KERNEL, RemoteSubnet, Tally},
+    layout::{
+        FAST_PATH_DIRECT, FAST_PATH_LEARNED, LocalPod, NodeConfig, POD_IN_KERNEL, RemoteSubnet,
+        Tally,
+    },
     reason::Reason,
 };
 use ipnet::Ipv4Net;
@@ -247,10 +250,7 @@ impl EbpfDatapath {
                 own::hand_over_all(&self.pins.maps())?;
             }
         } else if self.own.is_none() {
-            self.own = Some(OwnFlows::start(
-                &self.pins.maps(),
-                self.generation.clone(),
-            )?);
+            self.own = Some(OwnFlows::start(&self.pins.maps(), self.generation.clone())?);
         }
         if learned && self.invalidation.is_none() {
             self.invalidation = Some(Invalidation::start(

@@ -74,7 +74,10 @@ impl Exchange {
                 warn!(%error, "cannot note a connection through a Service");
             }
         }
-        debug!(classes = classes.len(), "connections through Services noted");
+        debug!(
+            classes = classes.len(),
+            "connections through Services noted"
+        );
         Ok(())
     }
 
@@ -83,14 +86,14 @@ impl Exchange {
         let mut over = Vec::new();
         let mut due = Vec::new();
         let (mut live, mut closed) = (0, 0);
-        let scanned = self.table.scan(|key, flow| {
-            match handover::due(flow, extent) {
+        let scanned = self
+            .table
+            .scan(|key, flow| match handover::due(flow, extent) {
                 Due::Stay if own::is_over(flow) => closed += 1,
                 Due::Stay => live += 1,
                 Due::HandOver => due.push((*key, *flow)),
                 Due::Delete => over.push(*key),
-            }
-        });
+            });
         if let Err(error) = scanned {
             warn!(%error, "cannot read the table of own connections");
         }

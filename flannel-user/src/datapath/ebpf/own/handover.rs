@@ -219,7 +219,11 @@ mod tests {
         for (flow, state, timeout) in cases {
             let entry = entry(&key(), &flow, &timeouts);
             assert_eq!((entry.state, entry.timeout), (state, timeout), "{flow:?}");
-            assert_eq!(entry.original.source.port(), 40_000, "the peer is the client");
+            assert_eq!(
+                entry.original.source.port(),
+                40_000,
+                "the peer is the client"
+            );
             assert!(!entry.is_translated());
         }
     }

@@ -11,7 +11,10 @@ use std::{
 
 use tracing::{info, warn};
 
-use super::{Command, LAST_PASSES, LAST_PAUSE, OwnState, exchange::Exchange, handover::Extent, ipsec, table::OwnTable};
+use super::{
+    Command, LAST_PASSES, LAST_PAUSE, OwnState, exchange::Exchange, handover::Extent, ipsec,
+    table::OwnTable,
+};
 use crate::datapath::ebpf::epoch::Generation;
 
 /// Between two looks while connections are young.
@@ -77,7 +80,10 @@ impl Keeper {
                 Ok(Command::Allow(allowed)) => self.allow(allowed),
                 Ok(Command::End) | Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => {
-                    if self.beaten.is_none_or(|beaten| beaten.elapsed() >= HEARTBEAT) {
+                    if self
+                        .beaten
+                        .is_none_or(|beaten| beaten.elapsed() >= HEARTBEAT)
+                    {
                         self.beat();
                     }
                     let opened = self.exchange.opened();
@@ -139,9 +145,10 @@ impl Keeper {
                 "{policies} IPsec policies: only the stack can tell whom they concern"
             ))
         } else {
-            self.exchange.reach_conntrack().err().map(|error| {
-                format!("connections could not be handed over to conntrack: {error}")
-            })
+            self.exchange
+                .reach_conntrack()
+                .err()
+                .map(|error| format!("connections could not be handed over to conntrack: {error}"))
         };
         self.generation.open_own(paused.is_none().then_some(REACH));
         if paused.is_some() {
