@@ -166,7 +166,8 @@ fn check(program: &'static str, table: Vec<Row>) {
         let key = connection(&row);
         if let Some(key) = &key {
             let mut table: HashMap<_, FlowKey, OwnFlow> = map!(programs, OWN);
-            table.insert(key, own::opened(Way::Out, 1, 0), 0)
+            table
+                .insert(key, own::opened(Way::Out, 1, 0), 0)
                 .expect("connection written");
         }
         let Some(expect) = expected(&row, key.is_some()) else {
@@ -271,7 +272,8 @@ fn identifications_advance_packet_by_packet() {
     let row = &rows::way_out()[0];
     let mut table: HashMap<_, FlowKey, OwnFlow> = map!(programs, OWN);
     let key = connection(row).expect("TCP");
-    table.insert(key, own::opened(Way::Out, 1, 0), 0)
+    table
+        .insert(key, own::opened(Way::Out, 1, 0), 0)
         .expect("connection written");
     let ident = |out: &[u8]| u16::from_be_bytes([out[18], out[19]]);
     let program = programs.classifier(FROM_POD).expect("program");
