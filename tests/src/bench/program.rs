@@ -21,7 +21,6 @@ use super::{
     measure::{PROBES, Target},
     packet,
     probe::{self, Pace},
-    proof::Way,
     stage::Stage,
     stats::Summary,
 };
