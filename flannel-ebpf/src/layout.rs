@@ -63,8 +63,11 @@ pub const GENERATIONS: &str = "GENERATIONS";
 /// Hash: [`FlowKey`] as the pod sends it → [`OwnFlow`]: connections that conntrack does not know
 /// yet, both directions in one entry. Nothing live is ever evicted; only the agent deletes.
 pub const OWN: &str = "OWN";
-/// LRU hash: [`ClassKey`] → [`Class`].
+/// Hash: [`ClassKey`] → [`Class`].
 pub const CLASSES: &str = "CLASSES";
+/// LRU hash: [`ClassKey`] of a server that the pod reaches through a Service too → 1. The kernel has
+/// to choose the ports of all its connections there.
+pub const TRANSLATED: &str = "TRANSLATED";
 /// Longest-prefix map: address that is never bypassed → 1.
 pub const EXCLUDED_SUBNETS: &str = "EXCLUDED_SUBNETS";
 /// Array of 1,024 `u64`: one bit per TCP or UDP port that is never bypassed.
@@ -86,6 +89,10 @@ pub const DROP_FORGED: u32 = 1 << 1;
 pub const FAST_PATH_LEARNED: u32 = 1 << 2;
 /// [`NodeConfig::flags`]: some addresses or ports are never bypassed.
 pub const HAS_EXCLUSIONS: u32 = 1 << 3;
+
+/// [`NodeConfig::flags`]: TCP between pods bypasses the stack from its SYN on where the stack has
+/// let connections of the same class pass.
+pub const FAST_PATH_CLASSES: u32 = 1 << 4;
 
 /// Flows of each direction that the tables hold unless a flag says otherwise.
 pub const DEFAULT_FLOWS: u32 = 65_536;
@@ -412,8 +419,12 @@ pub struct Epoch {
     /// How long a closed own connection's entry may be taken for the next one, in jiffies. The
     /// agent deletes it a little later.
     pub own_linger: u32,
+    /// How long a class holds until one of its SYNs has to ask the stack again, in jiffies.
+    pub class_validity: u32,
+    /// How long the answer to such a SYN may take, in jiffies.
+    pub class_patience: u32,
 }
-const _: () = assert!(size_of::<Epoch>() == 32);
+const _: () = assert!(size_of::<Epoch>() == 40);
 
 /// [`Epoch::flags`]: verdicts may be used.
 pub const BYPASS_ANY: u32 = 1 << 0;

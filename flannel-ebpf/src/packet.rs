@@ -92,6 +92,13 @@ impl Packet {
         self.tcp_flags & BOUNDARY != 0
     }
 
+    /// Is it a SYN or the answer to one?
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_handshake(&self) -> bool {
+        self.tcp_flags & (SYN | FIN | RST) == SYN
+    }
+
     /// Length in bytes of the longest IP packet that this one becomes on the wire.
     #[inline(always)]
     #[must_use]

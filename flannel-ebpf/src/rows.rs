@@ -138,6 +138,8 @@ impl Default for Fixture {
                 recheck_gap: 5,
                 own_until: 3_000,
                 own_linger: 1_900,
+                class_validity: 1_000,
+                class_patience: 250,
             },
             generations: BTreeMap::new(),
             jiffies: 0,

@@ -85,6 +85,8 @@ mod tests {
         recheck_gap: 5,
         own_until: 0,
         own_linger: 0,
+        class_validity: 0,
+        class_patience: 0,
     };
 
     fn verdict() -> Verdict {

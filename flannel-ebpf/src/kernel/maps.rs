@@ -49,7 +49,11 @@ static FLOWS_IN: LruHashMap<FlowKey, InFlow> = LruHashMap::with_max_entries(DEFA
 static OWN: HashMap<FlowKey, OwnFlow> = HashMap::with_max_entries(OWN_FLOWS, BPF_F_NO_PREALLOC);
 
 #[map]
-static CLASSES: LruHashMap<ClassKey, Class> = LruHashMap::with_max_entries(MAX_CLASSES, 0);
+static CLASSES: HashMap<ClassKey, Class> =
+    HashMap::with_max_entries(MAX_CLASSES, BPF_F_NO_PREALLOC);
+
+#[map]
+static TRANSLATED: LruHashMap<ClassKey, u32> = LruHashMap::with_max_entries(MAX_CLASSES, 0);
 
 #[map]
 static NOTES_OUT: PerCpuArray<Note> = PerCpuArray::with_max_entries(NOTES, 0);
@@ -142,9 +146,8 @@ impl Tables for KernelTables {
 
     #[inline(always)]
     fn is_translated(&self, class: &ClassKey) -> bool {
-        // SAFETY: one word; a least-recently-used entry that has become another's costs a look at
-        // the stack, no more.
-        unsafe { CLASSES.get(class) }.is_some_and(|class| class.translated != 0)
+        // SAFETY: only presence is looked at.
+        unsafe { TRANSLATED.get(class) }.is_some()
     }
 
     #[inline(always)]
@@ -283,14 +286,28 @@ pub(super) fn open(key: &FlowKey, flow: &OwnFlow) -> bool {
     OWN.insert(key, flow, BPF_NOEXIST).is_ok()
 }
 
+/// A class, to be changed in place.
+#[inline(always)]
+pub(super) fn class(key: &ClassKey) -> Option<*mut Class> {
+    CLASSES.get_ptr_mut(key)
+}
+
+/// Makes a class; without room there is none.
+#[inline(always)]
+pub(super) fn make_class(key: &ClassKey, class: &Class) {
+    let _ = CLASSES.insert(key, class, BPF_NOEXIST);
+}
+
 /// The pod reaches this server through a Service.
 #[inline(always)]
 pub(super) fn mark_translated(class: &ClassKey) {
+    // SAFETY: only presence is looked at.
+    if unsafe { TRANSLATED.get(class) }.is_some() {
+        return;
+    }
     // A constant behind a reference would become a section of the object, and so a map.
-    let value = Class {
-        translated: core::hint::black_box(1),
-    };
-    let _ = CLASSES.insert(class, &value, 0);
+    let value = core::hint::black_box(1);
+    let _ = TRANSLATED.insert(class, &value, 0);
 }
 
 /// Withdraws the entry of a flow that a pod sends.

@@ -7,6 +7,7 @@
 
 mod apply;
 mod counters;
+mod handshake;
 mod maps;
 mod own;
 mod slowed;
@@ -20,8 +21,9 @@ use flannel_ebpf::{
     encap::{self, Leave},
     frame::Frame as _,
     header::{self, Ethernet},
-    layout::{FAST_PATH_DIRECT, FAST_PATH_LEARNED, FlowKey, NodeConfig, Verdict},
+    layout::{FAST_PATH_CLASSES, FAST_PATH_LEARNED, FlowKey, NodeConfig, Verdict},
     learned::Hit,
+    own::opening,
     packet::Packet,
     reason::{Action, Reason},
     sighting::Way,
@@ -81,7 +83,12 @@ fn leave(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Result<(Reason,
             }
         },
         Leave::Unknown(packet) => return unknown_out(context, wire, node, &packet),
-        Leave::Kernel(reason) => return Err(reason),
+        Leave::Kernel(reason) => {
+            if reason == Reason::OutProtocol {
+                own::quoted(wire, ETHERNET, Way::Out);
+            }
+            return Err(reason);
+        }
     };
     watch::note(wire, ETHERNET, &packet, node, Way::Out, false);
     Err(reason)
@@ -101,13 +108,13 @@ fn unknown_out(
             Own::Carried(outcome) => return Ok(outcome),
             Own::Kernel(reason) => return Err(reason),
             Own::Stranger => {}
-            // What the stack makes of it tells whether the kernel chooses its port.
-            Own::Opening => {
-                if node.flags & FAST_PATH_DIRECT != 0 {
-                    watch::note(wire, ETHERNET, packet, node, Way::Out, false);
-                }
-                return Err(Reason::OutBoundary);
-            }
+            Own::Opening => {}
+        }
+        // What the stack makes of it tells whether the next may pass without asking, and whether
+        // the kernel chooses its port.
+        if packet.is_handshake() && opening::is_wanted(node) {
+            watch::note(wire, ETHERNET, packet, node, Way::Out, false);
+            return Err(Reason::OutBoundary);
         }
     }
     if let Err(other) = encap::ask(wire, &KernelTables, node, packet) {
@@ -174,7 +181,12 @@ fn arrive(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Result<(Reason
             Some(packet) => unknown_in(context, wire, node, &packet),
             None => Err(Reason::InMalformed),
         },
-        Arrive::Kernel(reason) => Err(reason),
+        Arrive::Kernel(reason) => {
+            if reason == Reason::InProtocol {
+                own::quoted(wire, decap::INNER_IP, Way::In);
+            }
+            Err(reason)
+        }
     }
 }
 
@@ -204,7 +216,7 @@ pub(crate) fn from_tunnel(context: TcContext) -> i32 {
         && let Some(ethernet) = wire.at::<Ethernet>(0)
         && ethernet.ether_type == flannel_ebpf::header::IPV4
         && let Some(packet) = Packet::read(&wire, ETHERNET)
-        && !packet.is_boundary()
+        && (!packet.is_boundary() || node.flags & FAST_PATH_CLASSES != 0 && packet.is_handshake())
     {
         let probe = wire::sign(&context) == sign::PROBE;
         watch::note(&wire, ETHERNET, &packet, node, Way::In, probe);

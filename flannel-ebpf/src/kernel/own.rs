@@ -5,8 +5,12 @@ use flannel_ebpf::{
     decap,
     encap::{self, INNER_IP},
     frame::Frame as _,
-    layout::{FAST_PATH_DIRECT, FlowKey, LocalPod, NodeConfig, OwnFlow},
-    own::{self, Meeting, Segment, opening},
+    layout::{Class, FlowKey, LocalPod, NodeConfig, OwnFlow, generation_slot},
+    own::{
+        self, Meeting, Segment, Stage,
+        class::{self, Now, Standing},
+        opening, quoted as quotation,
+    },
     packet::Packet,
     reason::Reason,
     sighting::Way,
@@ -50,7 +54,7 @@ pub(super) fn out(context: &TcContext, wire: &Wire, node: &NodeConfig, packet: &
     if entry.is_none() && !is_opening {
         return Own::Stranger;
     }
-    if is_opening && node.flags & FAST_PATH_DIRECT == 0 {
+    if is_opening && !opening::is_wanted(node) {
         return refused(entry);
     }
     let way = match encap::encapsulate(wire, &KernelTables, node) {
@@ -82,7 +86,7 @@ pub(super) fn inward(context: &TcContext, wire: &Wire, node: &NodeConfig, packet
     if entry.is_none() && !is_opening {
         return Own::Stranger;
     }
-    if is_opening && node.flags & FAST_PATH_DIRECT == 0 {
+    if is_opening && !opening::is_wanted(node) {
         return refused(entry);
     }
     let way = match decap::deliver(wire, &KernelTables, node) {
@@ -137,11 +141,26 @@ fn admit(
         };
         // SAFETY: a map's value that only the agent deletes, long after its last packet; each end
         // writes its own bytes.
-        return if unsafe { own::advance(&mut *entry, way, segment, now) } {
-            Ok(())
-        } else {
-            Err(Own::Stranger)
-        };
+        let flow = unsafe { &mut *entry };
+        let before = own::stage(flow);
+        if !own::advance(flow, way, segment, now) {
+            return Err(Own::Stranger);
+        }
+        if before < Stage::Established
+            && own::stage(flow) >= Stage::Established
+            && opening::needs_class(node)
+        {
+            let opener = if flow.opener == Way::Out as u8 {
+                Way::Out
+            } else {
+                Way::In
+            };
+            if let Some(class) = maps::class(&opening::class(key, opener)) {
+                // SAFETY: a map's value; a lost count is found again.
+                unsafe { class::settles(&mut *class) };
+            }
+        }
+        return Ok(());
     }
     let len = wire.meta().len;
     if let Err(reason) = opening::may_open(&KernelTables, node, pod, key, way) {
@@ -149,10 +168,28 @@ fn admit(
         return Err(refused(entry));
     }
     let epoch = KernelTables.epoch();
+    let class = if opening::needs_class(node) {
+        match ask_class(packet, key, way, now) {
+            Ok(class) => Some(class),
+            Err(reason) => {
+                counters::count(reason, len);
+                return Err(refused(entry));
+            }
+        }
+    } else {
+        None
+    };
+    let opens = || {
+        counters::count(Reason::OwnOpened, len);
+        if let Some(class) = class {
+            // SAFETY: a map's value; a lost count is found again.
+            unsafe { class::opens(&mut *class, &epoch, now) };
+        }
+    };
     let flow = own::opened(way, epoch.generation, now);
     let Some(entry) = entry else {
         if maps::open(key, &flow) {
-            counters::count(Reason::OwnOpened, len);
+            opens();
             return Ok(());
         }
         counters::count(Reason::OwnFull, len);
@@ -163,7 +200,7 @@ fn admit(
         Meeting::Reopens => {
             // SAFETY: as above.
             unsafe { *entry = flow };
-            counters::count(Reason::OwnOpened, len);
+            opens();
             Ok(())
         }
         Meeting::Passes => Ok(()),
@@ -171,5 +208,44 @@ fn admit(
             counters::count(Reason::OwnEnding, len);
             Err(refused(Some(entry)))
         }
+    }
+}
+
+/// May a SYN of this class open a connection? If so, the class.
+#[inline(always)]
+fn ask_class(packet: &Packet, key: &FlowKey, way: Way, now: u32) -> Result<*mut Class, Reason> {
+    let entry = maps::class(&opening::class(key, way)).ok_or(Reason::OwnNoClass)?;
+    let peer = KernelTables.remote(key.dst).ok_or(Reason::OwnNoClass)?;
+    let now = Now {
+        jiffies: now,
+        pod: KernelTables.generation(generation_slot(key.src)),
+        peer: KernelTables.generation(generation_slot(peer.node)),
+    };
+    // SAFETY: a map's value; the agent deletes only what was long unused.
+    let class = unsafe { &mut *entry };
+    match class::standing(class, &KernelTables.epoch(), &now, packet.tos & 0xfc)? {
+        Standing::Open => Ok(entry),
+        Standing::Ask => {
+            class.pending = 1;
+            Err(Reason::OwnProbe)
+        }
+    }
+}
+
+/// Hands over the connection that an ICMP error speaks of: conntrack would call the error INVALID.
+#[inline(always)]
+pub(super) fn quoted(wire: &Wire, ip: usize, way: Way) {
+    let Some(quoted) = quotation::flow(wire, ip) else {
+        return;
+    };
+    // What comes in is about what the pod has sent.
+    let key = match way {
+        Way::In => quoted,
+        Way::Out => quoted.reversed(),
+    };
+    if let Some(entry) = maps::own(&key) {
+        // SAFETY: a map's value; a single byte, which nobody sets back.
+        unsafe { (*entry).recalled = 1 };
+        counters::count(Reason::OwnQuoted, wire.meta().len);
     }
 }

@@ -8,10 +8,10 @@ use flannel_ebpf::{
     hash,
     header::Ethernet,
     layout::{
-        Candidate, FAST_PATH_DIRECT, FlowKey, NodeConfig, Note, TEMPLATE_LEN, Trail, Verdict,
+        Candidate, FAST_PATH_CLASSES, FlowKey, NodeConfig, Note, TEMPLATE_LEN, Trail, Verdict,
     },
     learn::{self, Arrived, Left},
-    own,
+    own::opening,
     packet::Packet,
     reason::Reason,
     sighting::{self, Match, Way},
@@ -19,7 +19,7 @@ use flannel_ebpf::{
 };
 
 use super::{
-    ETHERNET,
+    ETHERNET, handshake,
     maps::{self, KernelTables},
     wire::{self, Wire},
 };
@@ -66,6 +66,34 @@ pub(super) fn note(
 /// What a match needs of its note.
 struct Found {
     slot: *mut Note,
+}
+
+/// The note of a packet that leaves, used up, and how the two compare; without a note, or where
+/// two may be meant, nothing is known of the packet.
+#[inline(always)]
+pub(super) fn matched(leaving: &Note, node: &NodeConfig, way: Way) -> (Option<*mut Note>, Match) {
+    const UNKNOWN: (Option<*mut Note>, Match) = (None, Match::None);
+    let place = sighting::trail_place(leaving, way, node.seed);
+    // SAFETY: per-CPU values; programs at TC do not interrupt each other on one CPU.
+    unsafe {
+        let Some(trail) = maps::trail(way, place).map(|trail| *trail) else {
+            return UNKNOWN;
+        };
+        if trail.note == 0 {
+            return UNKNOWN;
+        }
+        let Some(slot) = maps::note(way, u32::from(trail.note) - 1) else {
+            return UNKNOWN;
+        };
+        match sighting::compare(&*slot, leaving, way) {
+            Match::None => UNKNOWN,
+            _ if trail.ambiguous != 0 => UNKNOWN,
+            outcome => {
+                (*slot).live = 0;
+                (Some(slot), outcome)
+            }
+        }
+    }
 }
 
 /// The note of a packet that leaves.
@@ -152,14 +180,14 @@ pub(super) fn left(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Optio
         return None;
     }
     let packet = Packet::read(wire, encap::INNER_IP)?;
-    let is_opening = node.flags & FAST_PATH_DIRECT != 0 && own::is_opening(packet.tcp_flags);
-    if packet.is_boundary() && !is_opening {
+    let is_handshake = opening::is_wanted(node) && packet.is_handshake();
+    if packet.is_boundary() && !is_handshake {
         return None;
     }
     let mut leaving = sighting::note(wire, encap::INNER_IP, &packet)?;
     leaving.at = maps::jiffies();
-    if is_opening {
-        return opening_left(&packet.key, &leaving, node);
+    if is_handshake {
+        return handshake::left(context, wire, &packet, &leaving, node);
     }
     let found = match find(&leaving, node, Way::Out) {
         Ok(found) => found,
@@ -218,44 +246,20 @@ pub(super) fn left(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Optio
     })
 }
 
-/// A SYN of a pod took the stack. If it was translated, or nobody knows whether, the kernel
-/// chooses the ports of all connections of this pod to this server from now on.
-#[inline(always)]
-fn opening_left(wire: &FlowKey, leaving: &Note, node: &NodeConfig) -> Option<Reason> {
-    KernelTables.local_pod(wire.src)?;
-    let is_translated = match find(leaving, node, Way::Out) {
-        // SAFETY: a per-CPU value that nothing writes during this run.
-        Ok(found) => unsafe { (*found.slot).key != *wire },
-        Err(_) => true,
-    };
-    if is_translated {
-        maps::mark_translated(&own::opening::class(wire, Way::Out));
-    }
-    let entry = maps::own(wire)?;
-    // SAFETY: a map's value; single bytes, which nobody sets back.
-    unsafe {
-        let flow = &mut *entry;
-        own::leave_to_kernel(flow);
-        if is_translated && flow.taken == 0 {
-            // Two live connections with one tuple on the wire. Conntrack would have given this one
-            // another port, had it known the other: the agent tells it, and the SYN comes again.
-            flow.clashed = 1;
-            return Some(Reason::OwnClashed);
-        }
-    }
-    None
-}
-
 /// What the stack made of a peer's packet: sighting at the egress of a pod's veth. With the
 /// outcome comes whether it was a copy that only asked.
 #[inline(always)]
 pub(super) fn arrived(wire: &Wire, node: &NodeConfig) -> Option<Reason> {
     let packet = Packet::read(wire, ETHERNET)?;
-    if packet.is_boundary() {
+    let is_handshake = node.flags & FAST_PATH_CLASSES != 0 && packet.is_handshake();
+    if packet.is_boundary() && !is_handshake {
         return None;
     }
     let mut leaving = sighting::note(wire, ETHERNET, &packet)?;
     leaving.at = maps::jiffies();
+    if is_handshake {
+        return handshake::arrived(wire, &packet, &leaving, node);
+    }
     let found = match find(&leaving, node, Way::In) {
         Ok(found) => found,
         Err(reason) => return Some(reason),

@@ -71,11 +71,38 @@ pub struct ClassKey {
 }
 const _: () = assert!(size_of::<ClassKey>() == 12);
 
-/// Value of `CLASSES`.
+/// Value of `CLASSES`: what the stack has said about connections that are alike.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Class {
-    /// 1: the pod reaches this server through a Service too, so the kernel has to choose ports.
-    pub translated: u32,
+    /// When a SYN last passed the stack unchanged, in jiffies.
+    pub syn_seen: u32,
+    /// When the answer to one did.
+    pub answer_seen: u32,
+    /// Since when an answer is waited for.
+    pub waiting_since: u32,
+    /// When `half_open` began to count.
+    pub half_open_since: u32,
+    /// Global generation of the last SYN.
+    pub generation: u32,
+    /// Generation of the pod then.
+    pub pod_generation: u32,
+    /// Generation of the peer's node then.
+    pub peer_generation: u32,
+    /// Connections that have opened since then and not got past their handshake. Two CPUs may
+    /// lose a count; the next period begins anew.
+    pub half_open: u32,
+    /// When the class was made, in jiffies.
+    pub since: u32,
+    /// Connections that it has opened.
+    pub opened: u32,
+    /// SYNs that passed, up to what is needed.
+    pub syns: u8,
+    /// 1: an answer has passed in this generation.
+    pub answered: u8,
+    /// 1: a SYN is on its way to ask the stack.
+    pub pending: u8,
+    /// DSCP of the SYNs, in the upper six bits.
+    pub dscp: u8,
 }
-const _: () = assert!(size_of::<Class>() == 4);
+const _: () = assert!(size_of::<Class>() == 44);

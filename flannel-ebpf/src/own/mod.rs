@@ -8,9 +8,13 @@
 //!
 //! * [`entry`]: what the maps hold.
 //! * [`opening`]: may a SYN open a connection?
+//! * [`class`]: what the stack has said about connections that are alike.
+//! * [`quoted`]: of which connection an ICMP error speaks.
 
+pub mod class;
 pub mod entry;
 pub mod opening;
+pub mod quoted;
 
 use self::entry::{
     END_ACK, END_DOUBTFUL_RST, END_ESTABLISHED, END_FIN, END_RST, END_SYN_ACK, OwnEnd, OwnFlow,

@@ -3,8 +3,8 @@
 use super::entry::ClassKey;
 use crate::{
     layout::{
-        BYPASS_ANY, BYPASS_TCP, Epoch, FAST_PATH_DIRECT, FlowKey, HAS_EXCLUSIONS, LocalPod,
-        NodeConfig, POD_IN_KERNEL,
+        BYPASS_ANY, BYPASS_TCP, Epoch, FAST_PATH_CLASSES, FAST_PATH_DIRECT, FlowKey,
+        HAS_EXCLUSIONS, LocalPod, NodeConfig, POD_IN_KERNEL,
     },
     reason::Reason,
     sighting::Way,
@@ -39,7 +39,22 @@ pub const fn is_open(epoch: &Epoch, now: u32) -> bool {
     left != 0 && left <= FARTHEST
 }
 
-/// May a SYN that goes this way open a connection? `pod` is the key as the pod sends it.
+/// Do connections open at all on this node?
+#[inline(always)]
+#[must_use]
+pub const fn is_wanted(node: &NodeConfig) -> bool {
+    node.flags & (FAST_PATH_DIRECT | FAST_PATH_CLASSES) != 0
+}
+
+/// Must a class of the connection have been learned first?
+#[inline(always)]
+#[must_use]
+pub const fn needs_class(node: &NodeConfig) -> bool {
+    node.flags & FAST_PATH_DIRECT == 0
+}
+
+/// May a SYN that goes this way open a connection, whatever its class says? `pod` is the key as
+/// the pod sends it.
 ///
 /// # Errors
 /// Why the stack has to have it.
@@ -51,9 +66,6 @@ pub fn may_open<T: Tables>(
     pod: &FlowKey,
     way: Way,
 ) -> Result<(), Reason> {
-    if node.flags & FAST_PATH_DIRECT == 0 {
-        return Err(Reason::OwnNoClass);
-    }
     let epoch = tables.epoch();
     let both = BYPASS_ANY | BYPASS_TCP;
     if epoch.flags & both != both || !is_open(&epoch, tables.jiffies()) {

@@ -8,7 +8,7 @@ use std::{
 
 use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray};
 use flannel_ebpf::{
-    layout::{CLASSES, COUNTERS, Class, ClassKey, FlowKey, OWN, OwnFlow, Tally},
+    layout::{COUNTERS, ClassKey, FlowKey, OWN, OwnFlow, TRANSLATED, Tally},
     reason::Reason,
 };
 
@@ -21,7 +21,7 @@ const LOOKUP_AND_DELETE: libc::c_long = 21;
 pub(super) struct OwnTable {
     flows: MapData,
     entries: HashMap<MapData, FlowKey, OwnFlow>,
-    classes: HashMap<MapData, ClassKey, Class>,
+    translated: HashMap<MapData, ClassKey, u32>,
     counters: PerCpuArray<MapData, Tally>,
 }
 
@@ -48,9 +48,9 @@ impl OwnTable {
         Ok(Self {
             flows: open(OWN)?,
             entries: Map::HashMap(open(OWN)?).try_into().map_err(failed(OWN))?,
-            classes: Map::LruHashMap(open(CLASSES)?)
+            translated: Map::LruHashMap(open(TRANSLATED)?)
                 .try_into()
-                .map_err(failed(CLASSES))?,
+                .map_err(failed(TRANSLATED))?,
             counters: pinned(maps, COUNTERS)?,
         })
     }
@@ -102,6 +102,6 @@ impl OwnTable {
 
     /// The kernel chooses the ports of connections of this class.
     pub(super) fn mark_translated(&mut self, class: &ClassKey) -> Result<(), MapError> {
-        self.classes.insert(class, Class { translated: 1 }, 0)
+        self.translated.insert(class, 1, 0)
     }
 }
