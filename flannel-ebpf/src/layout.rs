@@ -106,7 +106,7 @@ pub const NOTES: u32 = 128;
 /// Trails per CPU and direction; a trail that another packet overwrote finds nothing.
 pub const TRAILS: u32 = 2_048;
 /// Candidates per CPU and direction.
-pub const CANDIDATES: u32 = 1_024;
+pub const CANDIDATES: u32 = 8_192;
 /// Places in `GENERATIONS`. Two things in one place cost a needless look at the stack, no more.
 pub const GENERATION_SLOTS: u32 = 4_096;
 /// Words of `EXCLUDED_PORTS`.
@@ -385,18 +385,20 @@ pub struct Trail {
 }
 const _: () = assert!(size_of::<Trail>() == 4);
 
-/// A flow with one outcome that was not seen often enough yet.
+/// What was not seen often enough yet: a flow, or a flow with one outcome.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Candidate {
-    /// Hash of flow and outcome.
-    pub outcome: u64,
-    /// How often in a row.
-    pub times: u32,
-    /// Global generation of the first time.
-    pub generation: u32,
+    /// Low half of the hash of flow or outcome; the high one is its place.
+    pub outcome: u32,
+    /// When it was last seen: the low bits of the jiffies.
+    pub at: u16,
+    /// Low bits of the global generation of the first time.
+    pub generation: u8,
+    /// How often in a row; 0 for a place that nobody has.
+    pub times: u8,
 }
-const _: () = assert!(size_of::<Candidate>() == 16);
+const _: () = assert!(size_of::<Candidate>() == 8);
 
 /// Value of `EPOCH`: how long verdicts hold, and whether they may be used at all.
 #[repr(C)]

@@ -3,58 +3,14 @@
 
 use crate::{
     checksum, hash,
-    header::{self, Ethernet},
+    header::Ethernet,
     layout::{
-        Candidate, FlowKey, HAS_EXCLUSIONS, InFlow, LocalPod, MODE_VXLAN, Note, OutFlow,
-        POD_IN_KERNEL, TEMPLATE_LEN, Verdict, generation_slot,
+        FlowKey, HAS_EXCLUSIONS, InFlow, LocalPod, MODE_VXLAN, Note, OutFlow, POD_IN_KERNEL,
+        TEMPLATE_LEN, Verdict, generation_slot,
     },
     reason::Reason,
     tables::Tables,
 };
-
-/// Sightings with the same outcome in a row that make a verdict: a flow of two packets never pays
-/// for an entry.
-pub const NEEDED: u32 = 3;
-/// The same for TCP, where opening and closing packets do not count. One more, because a request
-/// and its answer over a connection of their own show three.
-pub const NEEDED_TCP: u32 = 4;
-
-/// One more sighting of a flow; `true` when it has shown itself often enough.
-#[inline(always)]
-#[must_use]
-pub const fn counted(
-    candidate: Candidate,
-    outcome: u64,
-    generation: u32,
-    protocol: u8,
-) -> (Candidate, bool) {
-    let needed = if protocol == header::TCP {
-        NEEDED_TCP
-    } else {
-        NEEDED
-    };
-    let times = if candidate.outcome == outcome && candidate.generation == generation {
-        candidate.times + 1
-    } else {
-        1
-    };
-    if times >= needed {
-        let none = Candidate {
-            outcome: 0,
-            times: 0,
-            generation: 0,
-        };
-        return (none, true);
-    }
-    (
-        Candidate {
-            outcome,
-            times,
-            generation,
-        },
-        false,
-    )
-}
 
 /// What the stack made of a pod's packet, in full.
 #[derive(Clone, Copy, Debug)]
@@ -330,42 +286,5 @@ fn verdict<T: Tables>(
         peer_slot: peer_slot as u16,
         dscp: note.tos & 0xfc,
         ..Verdict::default()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn three_alike_in_a_row_make_a_verdict_and_four_of_tcp() {
-        for (protocol, needed) in [(header::UDP, 3), (header::TCP, 4)] {
-            let mut candidate = Candidate::default();
-            for time in 1..=needed {
-                let (next, done) = counted(candidate, 42, 7, protocol);
-                assert_eq!(done, time == needed, "protocol {protocol}, time {time}");
-                candidate = next;
-            }
-        }
-    }
-
-    #[test]
-    fn another_outcome_or_generation_starts_anew() {
-        let two = Candidate {
-            outcome: 42,
-            times: 2,
-            generation: 7,
-        };
-        for (outcome, generation) in [(43, 7), (42, 8)] {
-            let first = Candidate {
-                outcome,
-                times: 1,
-                generation,
-            };
-            assert_eq!(
-                counted(two, outcome, generation, header::UDP),
-                (first, false)
-            );
-        }
     }
 }

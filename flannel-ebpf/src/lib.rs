@@ -8,11 +8,12 @@
 //! * in from a peer: [`decap::deliver`] decides;
 //! * both look first for what was learned of the flow: [`learned`] with [`validity`];
 //! * [`own`] carries connections from their SYN on;
-//! * [`sighting`] and [`learn`] watch what the stack does with the rest;
+//! * [`sighting`], [`candidate`] and [`learn`] watch what the stack does with the rest;
 //! * whatever is not forwarded has one [`reason::Reason`].
 
 #![cfg_attr(not(any(test, feature = "rows")), no_std)]
 
+pub mod candidate;
 pub mod checksum;
 pub mod decap;
 pub mod ecn;

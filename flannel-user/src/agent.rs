@@ -37,7 +37,7 @@ use crate::{
     health::{self, Health},
     lease::{Lease, LeaseAttributes},
     network::{BackendConfig, FastPath, NetworkConfig},
-    reconcile::{self, Inputs, NodeSetup, Peers, Reconciler, Told},
+    reconcile::{self, Inputs, NodeSetup, Reconciler, Told, feed::feed},
     renewal,
     source::{LeaseSource, SourceError},
     subnet_file::{Previous, SubnetFile},
@@ -284,7 +284,7 @@ async fn forward(
         switch.clear();
     }
 
-    let (peers_sender, peers) = watch::channel(Peers::default());
+    let (feeder, peers) = feed();
     let (lease_sender, own_lease) = watch::channel(lease);
     let (ready, became_ready) = oneshot::channel();
     let told = Told {
@@ -329,7 +329,7 @@ async fn forward(
         options.renew_margin,
     ));
     let own_key = own_lease.borrow().key;
-    let mut follow = tokio::spawn(peers::follow(source, own_key, peers_sender, revoked_sender));
+    let mut follow = tokio::spawn(peers::follow(source, own_key, feeder, revoked_sender));
     tokio::spawn(async move {
         if became_ready.await.is_ok() {
             info!("ready: every known peer is in the kernel");

@@ -71,6 +71,62 @@ impl ForwardingTable {
         }
         self.0.extend(changes.upsert.iter().copied());
     }
+
+    /// Becomes what `update` says and tells what that changed. News of a few subnets
+    /// cost nothing for the others.
+    pub fn update(&mut self, update: Update) -> Changes {
+        let news = match update {
+            Update::Whole(table) => {
+                let changes = Changes::between(self, &table);
+                *self = table;
+                return changes;
+            }
+            Update::Some(news) => news,
+        };
+        let mut changes = Changes::default();
+        for (subnet, way) in news {
+            match way {
+                Some(via) => {
+                    if self.0.insert(subnet, via) != Some(via) {
+                        changes.upsert.push((subnet, via));
+                    }
+                }
+                None => {
+                    let was = self.0.remove(&subnet);
+                    changes.remove.extend(was.map(|via| (subnet, via)));
+                }
+            }
+        }
+        changes
+    }
+}
+
+/// News of the wanted table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Update {
+    /// All of it.
+    Whole(ForwardingTable),
+    /// The way to each of these subnets; `None` where there is none any more.
+    Some(BTreeMap<Ipv4Net, Option<Via>>),
+}
+
+impl Default for Update {
+    fn default() -> Self {
+        Self::Some(BTreeMap::new())
+    }
+}
+
+impl Update {
+    /// What this and then `later` come to.
+    pub fn then(&mut self, later: Self) {
+        match (&mut *self, later) {
+            (_, whole @ Self::Whole(_)) => *self = whole,
+            (Self::Whole(table), later @ Self::Some(_)) => {
+                table.update(later);
+            }
+            (Self::Some(news), Self::Some(later)) => news.extend(later),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -96,7 +152,47 @@ mod tests {
         }
     }
 
+    prop_compose! {
+        fn updates()(whole in any::<bool>(), table in tables(), gone in prop::collection::vec(0u8..8, 0..4))
+            -> Update {
+            if whole {
+                return Update::Whole(table);
+            }
+            let subnet = |number| Ipv4Net::new(Ipv4Addr::new(10, 244, number, 0), 24).expect("length");
+            let mut news: BTreeMap<_, _> =
+                table.0.into_iter().map(|(subnet, via)| (subnet, Some(via))).collect();
+            news.extend(gone.into_iter().map(|number| (subnet(number), None)));
+            Update::Some(news)
+        }
+    }
+
     proptest! {
+        #[test]
+        fn an_update_tells_exactly_what_it_changed(before in tables(), update in updates()) {
+            let mut after = before.clone();
+            let mut changes = after.update(update);
+            let mut expected = Changes::between(&before, &after);
+            for list in [&mut changes.upsert, &mut changes.remove, &mut expected.upsert, &mut expected.remove] {
+                list.sort_by_key(|(subnet, _)| *subnet);
+            }
+            prop_assert_eq!(changes, expected);
+        }
+
+        #[test]
+        fn updates_in_one_are_updates_in_turn(
+            before in tables(),
+            updates in prop::collection::vec(updates(), 0..5),
+        ) {
+            let (mut in_turn, mut at_once) = (before.clone(), before);
+            let mut sum = Update::default();
+            for update in updates {
+                in_turn.update(update.clone());
+                sum.then(update);
+            }
+            at_once.update(sum);
+            prop_assert_eq!(at_once, in_turn);
+        }
+
         #[test]
         fn applied_changes_give_what_is_wanted(actual in tables(), wanted in tables()) {
             let changes = Changes::between(&actual, &wanted);

@@ -12,7 +12,7 @@ use flannel_user::{
         kernel_events::{KernelEvent, listen},
         netlink::{Device, DeviceError, DeviceSpec, NetlinkDatapath, Pass, PassError},
     },
-    forwarding::{ForwardingTable, Via},
+    forwarding::{Changes, ForwardingTable, Via},
     mac::MacAddr,
 };
 use namespace::{in_new_namespace, lines, run};
@@ -470,36 +470,57 @@ fn a_peer_may_change_its_mac_and_its_address() {
 fn peers_that_come_and_go_are_followed_without_a_look() {
     in_new_namespace(|| async {
         let (mut datapath, _) = start(&uplink(1500)).await;
-        let unknown = datapath.follow(&table(PEERS)).await;
+        let unknown = datapath.follow(&news(&[], PEERS)).await;
         assert!(unknown.is_none(), "nothing is known before the first pass");
         settle(&mut datapath, &table(PEERS)).await;
         while datapath.takes_echo() {}
 
         let third = ("10.244.3.0/24", "192.168.50.4", "02:11:22:33:44:77");
         let three = [PEERS[0], PEERS[1], third];
-        let pass = datapath.follow(&table(&three)).await.expect("followed");
+        let pass = datapath.follow(&news(PEERS, &three)).await;
+        let pass = pass.expect("followed");
         assert_eq!((pass.installed, pass.removed, pass.repaired), (3, 0, 0));
         assert_peers_are_programmed(&three);
         // One FDB entry was set: one event of it is our own, and only for a moment.
         assert!(datapath.takes_echo() && !datapath.takes_echo());
-        let pass = datapath.follow(&table(&three[1..])).await;
+        let pass = datapath.follow(&news(&three, &three[1..])).await;
         assert_eq!(pass.expect("followed").removed, 3);
         assert_peers_are_programmed(&three[1..]);
         tokio::time::sleep(Duration::from_millis(250)).await;
         assert!(!datapath.takes_echo());
         assert!(datapath.reconcile(&table(&three[1..])).await.is_quiet());
 
-        // Another way to a known peer, and a device that is gone, need the whole.
-        let moved = [PEERS[1], ("10.244.3.0/24", "192.168.50.9", third.2)];
-        assert!(datapath.follow(&table(&moved)).await.is_none());
-        settle(&mut datapath, &table(&moved)).await;
-        assert_peers_are_programmed(&moved);
+        // A known peer by another way: entry by entry what changed, and nothing of the old.
+        let mut rows = [PEERS[1], third];
+        for (node, mac, sum) in [
+            ("192.168.50.9", third.2, (1, 0)),
+            ("192.168.50.9", "02:11:22:33:44:88", (2, 1)),
+            ("192.168.50.4", third.2, (2, 1)),
+        ] {
+            let moved = [PEERS[1], (third.0, node, mac)];
+            let pass = datapath.follow(&news(&rows, &moved)).await;
+            let pass = pass.expect("followed");
+            assert_eq!((pass.installed, pass.removed), sum, "{node} {mac}");
+            assert_peers_are_programmed(&moved);
+            assert!(datapath.reconcile(&table(&moved)).await.is_quiet());
+            rows = moved;
+        }
+
+        // Another's MAC, and a device that is gone, need the whole.
+        let taken = [PEERS[1], (third.0, PEERS[1].1, PEERS[1].2)];
+        assert!(datapath.follow(&news(&rows, &taken)).await.is_none());
+        settle(&mut datapath, &table(&rows)).await;
         run("ip link delete flannel.1");
-        let more = [PEERS[0], moved[0], moved[1]];
-        assert!(datapath.follow(&table(&more)).await.is_none());
+        let more = [PEERS[0], rows[0], rows[1]];
+        assert!(datapath.follow(&news(&rows, &more)).await.is_none());
         settle(&mut datapath, &table(&more)).await;
         assert_peers_are_programmed(&more);
     });
+}
+
+/// What makes the one table of the other.
+fn news(before: &[(&str, &str, &str)], after: &[(&str, &str, &str)]) -> Changes {
+    Changes::between(&table(before), &table(after))
 }
 
 #[test]
@@ -592,11 +613,15 @@ fn ten_thousand_peers_take_about_a_second() {
                 .0
                 .insert("11.0.0.0/24".parse().expect("a subnet"), via);
             let begin = Instant::now();
-            let pass = datapath.follow(&one_more).await.expect("followed");
+            let pass = datapath
+                .follow(&Changes::between(&table, &one_more))
+                .await
+                .expect("followed");
             let follow = begin.elapsed();
             assert_eq!(pass.installed, 3);
             assert!(follow < check / 3, "{follow:?} against a look of {check:?}");
-            assert!(datapath.follow(&table).await.is_some());
+            let back = Changes::between(&one_more, &table);
+            assert!(datapath.follow(&back).await.is_some());
             run("ip link delete flannel.1");
             let begin = Instant::now();
             let pass = datapath.reconcile(&table).await;

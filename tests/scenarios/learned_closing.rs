@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use lab::{
     conntrack::{self, Census, Refusals, check_alike},
-    kube::{CONNECTIONS_PORT, Kube, Via, compare, pause},
+    kube::{CONNECTIONS_PORT, Kube, Via, compare, learned, pause},
     scenario::repetitions,
     traffic::connections::{ConnectionsReport, Ending},
 };
@@ -47,7 +47,7 @@ fn shorten(kube: &Kube) -> Result<()> {
 /// Every ending that the client brings about, then clients that vanish.
 fn close_in_every_way(kube: &Kube, via: Via) -> Result<Left> {
     shorten(kube)?;
-    let count = u64::from(repetitions(1400, 10_000)) / 7;
+    let count = u64::from(repetitions(1050, 10_000)) / 7;
     let arguments = format!("--count {count} --at-once 16 --exchanges 8 --size 512");
     let mut troubles = 0;
     let before = kube.taken()?;
@@ -169,7 +169,7 @@ fn every_ending_through_a_service_leaves_what_the_kernel_path_leaves() {
 #[test]
 fn a_reset_after_three_gigabytes_ends_the_entry() {
     // More than half of the sequence space: only with tcp_ignore_invalid_rst is it believed.
-    let states = compare(|kube| {
+    let live = |kube: &Kube| {
         shorten(kube)?;
         let before = kube.taken()?;
         let (client, server) = kube.connections(
@@ -187,9 +187,19 @@ fn a_reset_after_three_gigabytes_ends_the_entry() {
             live(conntrack::census(a.namespace())?),
             live(conntrack::census(b.namespace())?),
         ])
-    });
-    assert_eq!(
-        states.learned, states.netlink,
-        "entries that live on, on each node"
-    );
+    };
+    if repetitions(0, 1) == 1 {
+        let states = compare(live);
+        assert_eq!(
+            states.learned, states.netlink,
+            "entries that live on, on each node"
+        );
+    } else {
+        // What the kernel path leaves is known.
+        learned(|kube| {
+            let states = live(kube)?;
+            ensure!(states == [0, 0], "entries that live on: {states:?}");
+            Ok(())
+        });
+    }
 }

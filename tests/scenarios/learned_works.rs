@@ -107,7 +107,7 @@ fn every_connection_type(kube: &Kube) -> Result<u64> {
 fn inside(kube: &Kube, via: Via) -> Result<u64> {
     for direction in ["up", "down", "both"] {
         let before = kube.taken()?;
-        let arguments = format!("--direction {direction} --seconds 1.5");
+        let arguments = format!("--direction {direction} --seconds 0.8");
         let stream = kube.stream(via, &arguments)?.result()?;
         stream.check(10_000_000).context(direction)?;
         kube.expect_bypassed(&before, MOST)
@@ -120,7 +120,7 @@ fn inside(kube: &Kube, via: Via) -> Result<u64> {
     one_way(kube, via)?;
     let mut troubles = 0;
     for ending in Ending::ORDERLY {
-        let (client, server) = kube.connections(via, ending, "--count 50 --exchanges 12")?;
+        let (client, server) = kube.connections(via, ending, "--count 30 --exchanges 12")?;
         println!("{:?} {via:?} {ending:?}: {client:?}", kube.side());
         ensure!(
             client.corrupt == 0 && server.corrupt == 0,
@@ -193,7 +193,7 @@ fn outside(kube: &Kube) -> Result<u64> {
     let mut troubles = 0;
     for ending in Ending::ORDERLY {
         let to = at(CONNECTIONS_PORT);
-        let (client, server) = kube::connections(client, to, ending, "--count 30")?;
+        let (client, server) = kube::connections(client, to, ending, "--count 15")?;
         ensure!(
             client.corrupt == 0 && server.corrupt == 0,
             "wrong data: {client:?} {server:?}"

@@ -63,7 +63,7 @@ fn in_modes(a: Mode, b: Mode, settings: Option<&[&str]>) {
             (&cluster.client, &cluster.server),
             (&cluster.server, &cluster.client),
         ] {
-            exchange::datagrams(from, to, 1000, 40_000, "--segments 40 --rate 40000")?;
+            exchange::datagrams(from, to, 1000, 20_000, "--segments 40 --rate 10000")?;
         }
         Ok(())
     });

@@ -137,7 +137,6 @@ impl AgentOptions {
             .args(["--iface", self.uplink])
             // Scenarios that are about the firewall say so themselves.
             .arg("--iptables-forward-rules=false")
-            .args(&self.arguments)
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::null());
@@ -147,6 +146,8 @@ impl AgentOptions {
                 .args(["--datapath", self.datapath])
                 .args(["--fast-path", self.fast_path]);
         }
+        // Last, since of a flag given twice the last value counts.
+        command.args(&self.arguments);
         Ok(command)
     }
 }

@@ -1,7 +1,7 @@
 //! All maps, and the questions the decisions ask of them.
 
 use aya_ebpf::{
-    helpers::bpf_jiffies64,
+    helpers::{bpf_get_prandom_u32, bpf_jiffies64},
     macros::map,
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, lpm_trie::Key},
 };
@@ -248,6 +248,13 @@ pub(super) fn candidate(way: Way, hash: u64) -> Option<*mut Candidate> {
         Way::Out => CANDIDATES_OUT.get_ptr_mut(place),
         Way::In => CANDIDATES_IN.get_ptr_mut(place),
     }
+}
+
+/// One in sixteen, by chance.
+#[inline(always)]
+pub(super) fn is_chosen() -> bool {
+    // SAFETY: a helper without arguments.
+    unsafe { bpf_get_prandom_u32() }.is_multiple_of(16)
 }
 
 /// The entry of a flow that a pod sends, to be refreshed.

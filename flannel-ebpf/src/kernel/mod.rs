@@ -119,7 +119,7 @@ fn unknown_out(
     }
     if let Err(other) = encap::ask(wire, &KernelTables, node, packet) {
         reason = other;
-    } else {
+    } else if watch::is_met(packet, node, Way::Out) {
         watch::note(wire, ETHERNET, packet, node, Way::Out, false);
     }
     Err(reason)
@@ -154,6 +154,11 @@ pub(crate) fn from_uplink(context: TcContext) -> i32 {
         Some(node) => arrive(&context, &wire, node),
         None => Err(Reason::InFastPathOff),
     };
+    if let Err(reason) = &outcome
+        && let Some(question) = watch::question(*reason)
+    {
+        wire.set_sign(question);
+    }
     finish(&context, outcome, len)
 }
 
@@ -205,20 +210,33 @@ fn unknown_in(
             Own::Stranger | Own::Opening => {}
         }
     }
+    if packet.is_handshake() && node.flags & FAST_PATH_CLASSES != 0 {
+        wire.set_sign(sign::KNOWN);
+    }
     Err(decap::unknown(packet))
 }
 
 /// Ingress of the tunnel device: the packet is whole again, and the stack is about to judge it.
+/// The uplink's hook has said whether that is of interest.
 #[classifier]
 pub(crate) fn from_tunnel(context: TcContext) -> i32 {
+    let question = wire::sign(&context);
+    if question != sign::PROBE && question != sign::KNOWN && question != sign::STRANGE {
+        return NEXT;
+    }
     let wire = Wire::new(&context);
+    let probe = question == sign::PROBE;
+    if !probe {
+        wire.set_sign(sign::NONE);
+    }
     if let Some(node) = learning()
         && let Some(ethernet) = wire.at::<Ethernet>(0)
         && ethernet.ether_type == flannel_ebpf::header::IPV4
         && let Some(packet) = Packet::read(&wire, ETHERNET)
-        && (!packet.is_boundary() || node.flags & FAST_PATH_CLASSES != 0 && packet.is_handshake())
+        && (packet.is_handshake()
+            || !packet.is_boundary()
+                && (question != sign::STRANGE || watch::is_met(&packet, node, Way::In)))
     {
-        let probe = wire::sign(&context) == sign::PROBE;
         watch::note(&wire, ETHERNET, &packet, node, Way::In, probe);
     }
     NEXT
@@ -227,7 +245,10 @@ pub(crate) fn from_tunnel(context: TcContext) -> i32 {
 /// Egress of a pod's host-side veth: what the stack made of a peer's packet.
 #[classifier]
 pub(crate) fn to_pod(context: TcContext) -> i32 {
-    let wire = Wire::new(&context);
+    let sign = wire::sign(&context);
+    if sign != sign::NOTED && sign != sign::PROBE {
+        return NEXT;
+    }
     let Some(node) = learning() else {
         return absorb(&context);
     };
@@ -235,6 +256,7 @@ pub(crate) fn to_pod(context: TcContext) -> i32 {
     if wire::ingress(&context) != node.tunnel {
         return NEXT;
     }
+    let wire = Wire::new(&context);
     let len = wire.meta().len;
     if let Some(reason) = watch::arrived(&wire, node) {
         counters::count(reason, len);
@@ -255,11 +277,14 @@ fn absorb(context: &TcContext) -> i32 {
 /// Egress of the uplink: what the stack made of a pod's packet.
 #[classifier]
 pub(crate) fn to_uplink(context: TcContext) -> i32 {
-    if wire::sign(&context) == sign::BYPASSED {
-        wire::set_sign(&context, sign::NONE);
+    let sign = wire::sign(&context);
+    if sign != sign::BYPASSED && sign != sign::NOTED {
         return NEXT;
     }
-    if let Some(node) = learning() {
+    wire::set_sign(&context, sign::NONE);
+    if sign == sign::NOTED
+        && let Some(node) = learning()
+    {
         let wire = Wire::new(&context);
         let len = wire.meta().len;
         if let Some(reason) = watch::left(&context, &wire, node) {

@@ -3,10 +3,10 @@
 
 use aya_ebpf::programs::TcContext;
 use flannel_ebpf::{
-    encap,
+    candidate, encap,
     frame::Frame as _,
     hash,
-    header::Ethernet,
+    header::{self, Ethernet},
     layout::{
         Candidate, FAST_PATH_CLASSES, FlowKey, NodeConfig, Note, TEMPLATE_LEN, Trail, Verdict,
     },
@@ -21,7 +21,7 @@ use flannel_ebpf::{
 use super::{
     ETHERNET, handshake,
     maps::{self, KernelTables},
-    wire::{self, Wire},
+    wire::{self, Wire, sign},
 };
 
 /// Notes a packet on its way into the stack. `offset` is that of its IP header.
@@ -60,6 +60,50 @@ pub(super) fn note(
         if let Some(slot) = maps::note(way, place) {
             *slot = note;
         }
+    }
+    if !probe {
+        wire.set_sign(sign::NOTED);
+    }
+}
+
+/// Has a flow without verdict shown enough packets to be worth notes?
+#[inline(always)]
+pub(super) fn is_met(packet: &Packet, node: &NodeConfig, way: Way) -> bool {
+    // A new UDP flow may be one of thousands in turn: it is learned from its first packets on.
+    if packet.key.protocol != header::TCP {
+        return true;
+    }
+    let seen = times(way, hash::flow(&packet.key, node.seed), 0);
+    seen.is_some_and(|(_, times)| times > candidate::STRANGER)
+}
+
+/// How often the same was seen, this time included; `None` while others have its place.
+#[inline(always)]
+fn times(way: Way, outcome: u64, generation: u32) -> Option<(*mut Candidate, u8)> {
+    let slot = maps::candidate(way, outcome)?;
+    let (epoch, now) = (KernelTables.epoch(), maps::jiffies());
+    // SAFETY: a per-CPU value; programs at TC do not interrupt each other on one CPU.
+    unsafe {
+        let found = *slot;
+        let next = match candidate::again(found, outcome, generation, &epoch, now, false) {
+            Some(next) => next,
+            None if maps::is_chosen() => {
+                candidate::again(found, outcome, generation, &epoch, now, true)?
+            }
+            None => return None,
+        };
+        *slot = next;
+        Some((slot, next.times))
+    }
+}
+
+/// What the tunnel device's hook should make of a packet from a peer that the stack has.
+#[inline(always)]
+pub(super) const fn question(reason: Reason) -> Option<u32> {
+    match reason {
+        Reason::InUnlearned => Some(sign::STRANGE),
+        Reason::InStale | Reason::InOtherDscp => Some(sign::KNOWN),
+        _ => None,
     }
 }
 
@@ -161,15 +205,13 @@ fn refresh(verdict: *mut Verdict, now: u32, generation: u32) {
 /// One more sighting; `true` when the flow has shown itself often enough.
 #[inline(always)]
 fn enough(way: Way, outcome: u64, note: &Note) -> bool {
-    let Some(slot) = maps::candidate(way, outcome) else {
-        return false;
-    };
-    // SAFETY: a per-CPU value; programs at TC do not interrupt each other on one CPU.
-    unsafe {
-        let (candidate, enough): (Candidate, bool) =
-            learn::counted(*slot, outcome, note.generation, note.key.protocol);
-        *slot = candidate;
-        enough
+    match times(way, outcome, note.generation) {
+        Some((slot, times)) if times >= candidate::NEEDED => {
+            // SAFETY: as in `times`. The place is free for the next one.
+            unsafe { (*slot).times = 0 };
+            true
+        }
+        _ => false,
     }
 }
 

@@ -45,6 +45,15 @@ impl Wire {
     }
 }
 
+impl Wire {
+    /// Puts a sign on the packet.
+    #[inline(always)]
+    pub(super) fn set_sign(&self, sign: u32) {
+        // SAFETY: the program's context; a field that programs at TC may write.
+        unsafe { core::ptr::addr_of_mut!((*self.skb).tc_index).write_volatile(sign) }
+    }
+}
+
 /// Segments of a segmentation-offload packet, at least 1.
 #[inline(always)]
 pub(super) fn segments(context: &TcContext) -> u32 {
@@ -115,6 +124,13 @@ pub(super) mod sign {
     pub(in crate::kernel) const BYPASSED: u32 = 0xfb01;
     /// A copy that asks the stack.
     pub(in crate::kernel) const PROBE: u32 = 0xfb02;
+    /// Noted on its way into the stack: its note is worth looking for where it leaves. Nothing else
+    /// is, which keeps those hooks cheap for all other packets.
+    pub(in crate::kernel) const NOTED: u32 = 0xfb03;
+    /// From a peer, of a flow whose verdict the stack should confirm.
+    pub(in crate::kernel) const KNOWN: u32 = 0xfb04;
+    /// From a peer, of a flow without verdict.
+    pub(in crate::kernel) const STRANGE: u32 = 0xfb05;
 }
 
 /// The packet's sign.

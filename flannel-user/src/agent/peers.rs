@@ -2,13 +2,13 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tracing::warn;
 
 use crate::{
     backend::vxlan,
     lease::{SubnetKey, table::LeaseTable},
-    reconcile::Peers,
+    reconcile::feed::Feeder,
     source::{LeaseEvent, LeaseSource},
 };
 
@@ -19,7 +19,7 @@ const RETRY: Duration = Duration::from_secs(1);
 pub(super) async fn follow(
     source: Arc<dyn LeaseSource>,
     own_key: SubnetKey,
-    peers: watch::Sender<Peers>,
+    peers: Feeder,
     revoked: mpsc::Sender<()>,
 ) {
     let mut table = LeaseTable::new(&own_key);
@@ -32,7 +32,7 @@ pub(super) async fn follow(
                     error = format!("{error:#}"),
                     "cannot watch leases; trying again"
                 );
-                peers.send_modify(|peers| peers.in_sync = false);
+                peers.set_in_sync(false);
                 tokio::time::sleep(RETRY).await;
                 continue;
             }
@@ -48,26 +48,19 @@ pub(super) async fn follow(
             if had_own && table.own().is_none() {
                 let _ = revoked.try_send(());
             }
-            let conflicts = source.conflicts();
-            peers.send_if_modified(|peers| {
-                let changed = peers.conflicts != conflicts;
-                peers.conflicts = conflicts;
-                changed
-            });
-            if !changed && peers.borrow().in_sync {
+            peers.set_conflicts(source.conflicts());
+            if !changed && peers.is_in_sync() {
                 continue;
             }
-            for lease in ways.follow(&table, about.as_ref()) {
+            let (update, skipped) = ways.follow(&table, about.as_ref());
+            for lease in skipped {
                 let (subnet, reason) = (lease.key, lease.reason.to_string());
                 warn!(%subnet, reason, "lease left out");
             }
-            peers.send_modify(|peers| {
-                peers.table = ways.table();
-                peers.in_sync = true;
-            });
+            peers.update(update);
         }
         warn!("the watch on leases ended; starting it again");
-        peers.send_modify(|peers| peers.in_sync = false);
+        peers.set_in_sync(false);
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }

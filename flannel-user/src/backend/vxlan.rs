@@ -12,10 +12,10 @@
 //!
 //! This module only says which peer is reached how; the datapaths program it.
 
-use std::{collections::BTreeMap, net::Ipv4Addr, sync::Arc};
+use std::{collections::BTreeMap, net::Ipv4Addr};
 
 use crate::{
-    forwarding::{ForwardingTable, Via},
+    forwarding::{ForwardingTable, Update, Via},
     lease::{
         Lease, LeaseAttributes, SubnetKey, VxlanData,
         attributes::{VXLAN, VxlanDataError},
@@ -81,35 +81,43 @@ pub fn forwarding_table<'a>(
     (forwarding, skipped)
 }
 
-/// The way to every peer, kept from event to event: a change of one lease costs the reading
-/// of one lease, however many there are.
+/// What an event about leases means for the ways to peers: a change of one lease costs the
+/// reading of one lease, however many there are.
 #[derive(Debug, Default)]
 pub struct Ways {
-    table: Arc<ForwardingTable>,
     /// Leases that give no way, with the reason.
     left_out: BTreeMap<SubnetKey, String>,
 }
 
 impl Ways {
-    /// Follows `leases` after an event about one subnet, or about all of them.
-    /// Names what is left out from now on, or for another reason than before.
-    pub fn follow(&mut self, leases: &LeaseTable, about: Option<&SubnetKey>) -> Vec<Skipped> {
-        let (fresh, skipped) = match about {
-            None => forwarding_table(leases.peers()),
-            // A dual-stack lease and another one may share the IPv4 half.
-            Some(key) => forwarding_table(leases.peers_at(&key.v4)),
-        };
-        let before = std::mem::take(&mut self.left_out);
-        match about {
-            None => self.table = Arc::new(fresh),
-            Some(key) => {
-                let table = Arc::make_mut(&mut self.table);
-                table.0.remove(&key.v4);
-                table.0.extend(fresh.0);
-                let others = before.iter().filter(|(other, _)| other.v4 != key.v4);
-                self.left_out = others.map(|(key, why)| (*key, why.clone())).collect();
+    /// The news in `leases` after an event about one subnet, or about all of them. Names what is
+    /// left out from now on, or for another reason than before.
+    pub fn follow(
+        &mut self,
+        leases: &LeaseTable,
+        about: Option<&SubnetKey>,
+    ) -> (Update, Vec<Skipped>) {
+        let (update, skipped) = match about {
+            None => {
+                let (table, skipped) = forwarding_table(leases.peers());
+                (Update::Whole(table), skipped)
             }
-        }
+            // A dual-stack lease and another one may share the IPv4 half.
+            Some(key) => {
+                let (table, skipped) = forwarding_table(leases.peers_at(&key.v4));
+                let way = table.0.get(&key.v4).copied();
+                (Update::Some(BTreeMap::from([(key.v4, way)])), skipped)
+            }
+        };
+        let concerned = |other: &SubnetKey| about.is_none_or(|key| other.v4 == key.v4);
+        let mut before = BTreeMap::new();
+        self.left_out.retain(|key, reason| {
+            let stays = !concerned(key);
+            if !stays {
+                before.insert(*key, std::mem::take(reason));
+            }
+            stays
+        });
         let mut news = Vec::new();
         for lease in skipped {
             let reason = lease.reason.to_string();
@@ -119,13 +127,7 @@ impl Ways {
                 news.push(lease);
             }
         }
-        news
-    }
-
-    /// The way to every peer as of now.
-    #[must_use]
-    pub fn table(&self) -> Arc<ForwardingTable> {
-        Arc::clone(&self.table)
+        (update, news)
     }
 }
 
@@ -255,7 +257,10 @@ mod tests {
     fn following_event_by_event_gives_the_whole_table() {
         let mut leases = table_of(Vec::new());
         let mut ways = Ways::default();
-        assert!(ways.follow(&leases, None).is_empty());
+        let mut table = ForwardingTable::default();
+        let (update, skipped) = ways.follow(&leases, None);
+        assert!(skipped.is_empty());
+        table.update(update);
         let good = |last: u8| attributes(Ipv4Addr::new(192, 168, 50, last), MAC, 1);
         let bad = LeaseAttributes::plain(NODE);
         let put = |key: &str, attributes| LeaseEvent::Put(lease(key, attributes));
@@ -279,9 +284,11 @@ mod tests {
                 LeaseEvent::Snapshot(_) => unreachable!("none above"),
             };
             leases.apply(event);
-            assert_eq!(ways.follow(&leases, Some(&key)).len(), said, "{key}");
+            let (update, news) = ways.follow(&leases, Some(&key));
+            assert_eq!(news.len(), said, "{key}");
+            table.update(update);
             let (whole, skipped) = forwarding_table(leases.peers());
-            assert_eq!(*ways.table(), whole, "{key}");
+            assert_eq!(table, whole, "{key}");
             assert_eq!(ways.left_out.len(), skipped.len(), "{key}");
         }
     }

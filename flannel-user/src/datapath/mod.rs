@@ -9,6 +9,7 @@ pub mod netlink;
 pub mod next_hop;
 pub mod node_config;
 pub mod pods;
+pub mod remotes;
 pub mod shaping;
 pub mod switch;
 pub mod tunnel_mtu;

@@ -10,33 +10,40 @@ use rtnetlink::RouteMessageBuilder;
 
 use super::netlink::{Rtnl, RtnlError};
 
-/// The next hop to `node` where a unicast route by `uplink` leads there: a
+/// The next hop to each of `nodes` where a unicast route by `uplink` leads there: a
 /// router, or the node itself. Without one the kernel path says what the
-/// routing table says.
+/// routing table says. Answers stand in the order of `nodes`.
 ///
 /// Asked the way the tunnel device asks: bound to the uplink.
 ///
 /// # Errors
-/// The socket failed, or the kernel refused the question.
+/// The socket failed; what the kernel refused stands in its place.
 pub async fn resolve(
     rtnl: &mut Rtnl,
     uplink: u32,
-    node: Ipv4Addr,
-) -> Result<Option<Ipv4Addr>, RtnlError> {
-    let question = RouteMessageBuilder::<Ipv4Addr>::new()
-        .destination_prefix(node, 32)
-        .output_interface(uplink)
-        .build();
-    match rtnl
-        .get(RouteNetlinkMessage::GetRoute(strict(question)))
-        .await
-    {
-        Ok(Some(RouteNetlinkMessage::NewRoute(answer))) => Ok(next_hop_of(&answer, uplink, node)),
-        Ok(_) => Ok(None),
-        // No route, or one that prohibits: the kernel path answers as it should.
-        Err(error) if is_no_route(error.errno()) => Ok(None),
-        Err(error) => Err(error),
-    }
+    nodes: &[Ipv4Addr],
+) -> Result<Vec<Result<Option<Ipv4Addr>, RtnlError>>, RtnlError> {
+    let question = |node: &Ipv4Addr| {
+        let question = RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(*node, 32)
+            .output_interface(uplink)
+            .build();
+        RouteNetlinkMessage::GetRoute(strict(question))
+    };
+    let answers = rtnl.get_all(nodes.iter().map(question).collect()).await?;
+    let hops = nodes
+        .iter()
+        .zip(answers)
+        .map(|(node, answer)| match answer {
+            Ok(Some(RouteNetlinkMessage::NewRoute(answer))) => {
+                Ok(next_hop_of(&answer, uplink, *node))
+            }
+            Ok(_) => Ok(None),
+            // No route, or one that prohibits: the kernel path answers as it should.
+            Err(error) if is_no_route(error.errno()) => Ok(None),
+            Err(error) => Err(error),
+        });
+    Ok(hops.collect())
 }
 
 /// Strict checking wants a question's header bare.

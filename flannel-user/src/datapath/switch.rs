@@ -13,7 +13,7 @@ use std::{
 
 use tracing::{debug, error, info, warn};
 
-use super::ebpf::{EbpfDatapath, EbpfOptions, SyncReport, Wanted};
+use super::ebpf::{EbpfDatapath, EbpfError, EbpfOptions, SyncReport, Wanted};
 use crate::observe::status::Mode;
 
 /// Pause between attempts after eBPF failed.
@@ -53,6 +53,8 @@ pub struct Switch {
     preference: Preference,
     memory: PathBuf,
     ebpf: Option<EbpfDatapath>,
+    /// Loaded ahead, not in use yet.
+    loaded: Option<Result<EbpfDatapath, EbpfError>>,
     reason: String,
     /// When a failure was last met; the next attempt waits for [`RETRY`].
     failed: Option<Instant>,
@@ -75,6 +77,7 @@ impl Switch {
             preference,
             memory,
             ebpf: None,
+            loaded: None,
             reason,
             failed: None,
             said: Vec::new(),
@@ -125,16 +128,24 @@ impl Switch {
         }
     }
 
-    /// Brings the programs in line: on, filled and attached, or off without a trace.
-    pub fn apply(&mut self, wanted: &Wanted, thorough: bool) {
-        if !self.wants_ebpf() {
-            self.turn_off();
-            return;
+    /// Loads the programs where they are wanted, without effect on any packet. What that
+    /// takes for a moment, above all memory, is over before the first peers are known.
+    pub fn prepare(&mut self) {
+        if self.wants_ebpf() && self.ebpf.is_none() {
+            self.loaded = Some(EbpfDatapath::open(&self.options));
         }
+    }
+
+    /// Brings the programs in line: on, filled and attached. False if they are off instead,
+    /// without a trace.
+    pub fn apply(&mut self, wanted: &Wanted, thorough: bool) -> bool {
         let fresh = self.ebpf.is_none();
         let outcome = match self.ebpf.take() {
             Some(open) => Ok(open),
-            None => EbpfDatapath::open(&self.options),
+            None => {
+                let loaded = self.loaded.take();
+                loaded.unwrap_or_else(|| EbpfDatapath::open(&self.options))
+            }
         };
         let outcome = outcome.and_then(|mut ebpf| {
             let report = ebpf.sync(wanted, thorough)?;
@@ -144,6 +155,7 @@ impl Switch {
             Ok((ebpf, report)) => {
                 self.ebpf = Some(ebpf);
                 self.settle(fresh, &report);
+                true
             }
             Err(cause) => {
                 // Programs with tables that are not right must not stay: the kernel path is complete.
@@ -159,6 +171,7 @@ impl Switch {
                 self.reason = reason;
                 self.failed = Some(Instant::now());
                 self.clear();
+                false
             }
         }
     }
@@ -191,8 +204,10 @@ impl Switch {
         }
     }
 
-    fn turn_off(&mut self) {
-        if let Some(ebpf) = self.ebpf.take() {
+    /// Takes the programs away where they are.
+    pub fn turn_off(&mut self) {
+        let loaded = self.loaded.take().and_then(Result::ok);
+        if let Some(ebpf) = self.ebpf.take().or(loaded) {
             match ebpf.close() {
                 Ok(()) => info!(
                     reason = self.reason,

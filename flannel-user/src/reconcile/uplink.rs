@@ -23,7 +23,7 @@ impl Reconciler {
     pub(super) fn take_up(&mut self, followed: Followed) -> Dirty {
         self.setup.uplink = followed.uplink;
         self.uplink_fault = followed.fault;
-        self.routes_settled = false;
+        self.ways.routes_changed();
         Dirty {
             pods: false,
             ..Dirty::ALL

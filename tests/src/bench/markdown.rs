@@ -132,23 +132,27 @@ fn spread(summary: &Summary) -> String {
 }
 
 fn programs(all: &[ProgramCost]) -> String {
-    let mut text = "| side | program | instructions | machine code | verifier's steps | ns a run, statistics | ns, single runs |\n\
-                    |---|---|---:|---:|---:|---:|---:|\n"
+    let mut text = "| side | program | instructions | machine code | verifier's steps | under `tcp_rr`: ns a run × runs a transaction | under `tcp_crr` | ns, single runs |\n\
+                    |---|---|---:|---:|---:|---:|---:|---:|\n"
         .to_owned();
     for one in all {
+        let load = |measure: &str| {
+            let load = one.under_load.iter().find(|load| load.measure == measure);
+            load.map_or(String::new(), |load| {
+                format!("{:.0} × {:.1}", load.ns, load.runs_per_transaction)
+            })
+        };
         writeln!(
             text,
-            "| {} | `{}` | {} | {} B | {} | {:.0} ({} runs) | {} |",
+            "| {} | `{}` | {} | {} B | {} | {} | {} | {} |",
             one.side,
             one.program,
             one.instructions,
             one.machine_code,
             one.verified,
-            one.statistics_ns,
-            one.statistics_runs,
-            one.test_run_ns
-                .as_ref()
-                .map_or("flow not learned".to_owned(), spread)
+            load("tcp_rr"),
+            load("tcp_crr"),
+            one.test_run_ns.as_ref().map_or(String::new(), spread)
         )
         .expect("a string takes everything");
     }

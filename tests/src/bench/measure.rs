@@ -1,6 +1,6 @@
 //! What is measured: a table of probes, and the figures that each gives.
 
-use super::stats::Better;
+use super::{proof::Way, stats::Better};
 use crate::traffic::request_response::Protocol;
 
 /// Where a probe's traffic goes.
@@ -36,6 +36,23 @@ pub enum Traffic {
     Flood(usize),
     /// So many TCP streams by iperf3, each end on a CPU of its own.
     Streams(u8),
+    /// Requests and responses of many flows of one process.
+    Many(Many),
+}
+
+/// Many flows at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Many {
+    /// What carries them.
+    pub protocol: Protocol,
+    /// How many there are.
+    pub flows: u32,
+    /// How many of them wait for an answer at a time, in turn.
+    pub window: u32,
+    /// How long.
+    pub seconds: u32,
+    /// Both ends on one CPU.
+    pub same_cpu: bool,
 }
 
 /// The uplink's offloads.
@@ -102,6 +119,12 @@ const STREAMS: [Figure; 3] = [
     figure("_retransmitted", "segments", Better::Lower),
 ];
 
+/// The second half's rate: what it is once all are learned.
+const MANY: [Figure; 2] = [
+    figure("", "1/s", Better::Higher),
+    figure("_worst_second", "1/s", Better::Higher),
+];
+
 impl Traffic {
     /// What it tells, in the order in which it is reported.
     #[must_use]
@@ -111,7 +134,16 @@ impl Traffic {
             Self::FirstPacket => &FIRST,
             Self::Flood(_) => &FLOOD,
             Self::Streams(_) => &STREAMS,
+            Self::Many(_) => &MANY,
         }
+    }
+}
+
+impl Traffic {
+    /// Whether a way has anything that it could fill: flow tables, or what they are compared with.
+    #[must_use]
+    pub const fn concerns(self, way: Way) -> bool {
+        !matches!(self, Self::Many(_)) || !matches!(way, Way::Uplink | Way::Veth)
     }
 }
 
@@ -140,8 +172,36 @@ const fn nic(mut probe: Probe) -> Probe {
     probe
 }
 
+/// As many under way as there are, but never more than the kernel's queues hold.
+const fn many(name: &'static str, protocol: Protocol, flows: u32) -> Probe {
+    probe(
+        name,
+        Traffic::Many(Many {
+            protocol,
+            flows,
+            window: if flows < 256 { flows } else { 256 },
+            seconds: 3,
+            same_cpu: false,
+        }),
+    )
+}
+
+/// One flow after the other, each again only when all had their turn.
+const fn in_turn(name: &'static str, flows: u32, seconds: u32) -> Probe {
+    probe(
+        name,
+        Traffic::Many(Many {
+            protocol: Protocol::Udp,
+            flows,
+            window: 1,
+            seconds,
+            same_cpu: true,
+        }),
+    )
+}
+
 /// All of them, in the order in which they run.
-pub const PROBES: [Probe; 10] = [
+pub const PROBES: [Probe; 17] = [
     quick_service(probe("tcp_rr", Traffic::RequestResponse(Protocol::Tcp))),
     quick(probe("udp_rr", Traffic::RequestResponse(Protocol::Udp))),
     quick_service(probe("tcp_crr", Traffic::Connections)),
@@ -152,6 +212,13 @@ pub const PROBES: [Probe; 10] = [
     probe("tcp_stream_4", Traffic::Streams(4)),
     nic(probe("tcp_stream_nic", Traffic::Streams(1))),
     nic(probe("tcp_stream_4_nic", Traffic::Streams(4))),
+    many("tcp_16_flows", Protocol::Tcp, 16),
+    many("tcp_256_flows", Protocol::Tcp, 256),
+    many("tcp_4096_flows", Protocol::Tcp, 4096),
+    many("udp_16_flows", Protocol::Udp, 16),
+    many("udp_256_flows", Protocol::Udp, 256),
+    many("udp_4096_flows", Protocol::Udp, 4096),
+    in_turn("udp_15000_in_turn", 15_000, 10),
 ];
 
 impl Probe {
@@ -159,6 +226,8 @@ impl Probe {
     #[must_use]
     pub const fn included(&self, target: Target, quick: bool) -> bool {
         match target {
+            // How many there are matters to the tables, not to netfilter.
+            Target::Service if matches!(self.traffic, Traffic::Many(_)) => false,
             _ if !quick => true,
             Target::Pod => self.quick,
             Target::Service => self.quick_service,
@@ -179,7 +248,7 @@ pub fn is_checked(measure: &str) -> bool {
                 measure.strip_suffix("_p50") == Some(probe.name)
             }
             Traffic::FirstPacket => measure == probe.name,
-            Traffic::Flood(_) | Traffic::Streams(_) => false,
+            Traffic::Flood(_) | Traffic::Streams(_) | Traffic::Many(_) => false,
         })
 }
 

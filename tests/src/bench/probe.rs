@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use super::{
     cpu,
-    measure::{Probe, Target, Traffic},
+    measure::{Many, Probe, Target, Traffic},
     proof::Flows,
     stage::{Passed, Port, Stage},
 };
@@ -21,6 +21,7 @@ use crate::{
     traffic::{
         flood::{FloodReport, SinkReport},
         latency::Latency,
+        many_flows::ManyReport,
         request_response::{FirstReport, Protocol, RrReport, ServeReport},
         short_connections::{ConnectionsReport, ServeReport as ConnectionsServed},
     },
@@ -44,6 +45,8 @@ pub struct Outcome {
     pub figures: Vec<f64>,
     /// Where single latencies were taken.
     pub latency: Option<Latency>,
+    /// Requests and responses, or connections, that passed, warming up included.
+    pub transactions: Option<u64>,
 }
 
 /// The largest packet that segmentation offload makes.
@@ -70,6 +73,7 @@ pub fn run(stage: &Stage, probe: &Probe, target: Target, pace: Pace) -> Result<O
         Traffic::FirstPacket => first_packet(stage, target, pace),
         Traffic::Flood(size) => flood(stage, size, target, pace),
         Traffic::Streams(count) => streams(stage, count, target, pace),
+        Traffic::Many(many) => many_flows(stage, many, target, pace),
     }
     .with_context(what)?;
     watch.expect(way, flows, passed).with_context(what)?;
@@ -85,10 +89,11 @@ pub fn run(stage: &Stage, probe: &Probe, target: Target, pace: Pace) -> Result<O
 
 type Measured = (Outcome, Flows, Passed);
 
-fn latencies(per_second: f64, latency: Latency) -> Outcome {
+fn latencies(per_second: f64, latency: Latency, all: u64) -> Outcome {
     Outcome {
         figures: vec![per_second, latency.p50_us, latency.p99_us, latency.p999_us],
         latency: Some(latency),
+        transactions: Some(all),
     }
 }
 
@@ -121,7 +126,7 @@ fn request_response(
         back: report.all_transactions,
     };
     Ok((
-        latencies(report.per_second, report.latency),
+        latencies(report.per_second, report.latency, report.all_transactions),
         Flows::Long,
         passed,
     ))
@@ -152,7 +157,7 @@ fn connections(stage: &Stage, target: Target, pace: Pace) -> Result<Measured> {
         back: 3 * report.all,
     };
     Ok((
-        latencies(report.per_second, report.latency),
+        latencies(report.per_second, report.latency, report.all),
         Flows::Short,
         passed,
     ))
@@ -181,6 +186,7 @@ fn first_packet(stage: &Stage, target: Target, pace: Pace) -> Result<Measured> {
     let outcome = Outcome {
         figures: vec![latency.p50_us, latency.p99_us],
         latency: Some(latency),
+        transactions: Some(report.flows),
     };
     let passed = Passed {
         there: report.flows,
@@ -219,6 +225,7 @@ fn flood(stage: &Stage, size: usize, target: Target, pace: Pace) -> Result<Measu
             100.0 * (1.0 - arrived / sent.sent as f64),
         ],
         latency: None,
+        transactions: None,
     };
     let passed = Passed {
         // Some may be lost before the node's first counter.
@@ -226,6 +233,44 @@ fn flood(stage: &Stage, size: usize, target: Target, pace: Pace) -> Result<Measu
         back: 0,
     };
     Ok((outcome, Flows::Long, passed))
+}
+
+fn many_flows(stage: &Stage, many: Many, target: Target, pace: Pace) -> Result<Measured> {
+    let (to, port) = stage.way_to(Port::Flows, target);
+    let word = many.protocol.name();
+    let serving = if many.same_cpu {
+        pace.cpu
+    } else {
+        pace.other_cpu
+    };
+    let server = Task::start(
+        stage.server(),
+        &format!("many-serve --protocol {word} --port {port} --cpu {serving}"),
+    )?;
+    let report: ManyReport = Task::start(
+        stage.client(),
+        &format!(
+            "many --protocol {word} --to {to} --flows {} --window {} --seconds {} --cpu {}",
+            many.flows, many.window, many.seconds, pace.cpu
+        ),
+    )?
+    .result()?;
+    drop(server);
+    report.check()?;
+    // Samples are of 100 ms.
+    let late = &report.samples[report.samples.len() / 2..];
+    let rate = 10.0 * late.iter().sum::<u64>() as f64 / late.len() as f64;
+    let outcome = Outcome {
+        figures: vec![rate, report.worst_second()],
+        latency: None,
+        transactions: Some(report.transactions),
+    };
+    // Requests of TCP flows may share a segment's way with acknowledgements, never the reverse.
+    let passed = Passed {
+        there: report.transactions,
+        back: report.transactions,
+    };
+    Ok((outcome, Flows::Many, passed))
 }
 
 /// What is used of `iperf3 -J`.
@@ -277,6 +322,7 @@ fn streams(stage: &Stage, count: u8, target: Target, pace: Pace) -> Result<Measu
             end.sum_sent.retransmits as f64,
         ],
         latency: None,
+        transactions: None,
     };
     let passed = Passed {
         there: end.sum_received.bytes / LARGEST,

@@ -28,6 +28,8 @@ pub enum Way {
 pub enum Flows {
     /// Thousands of packets each.
     Long,
+    /// Long ones that take their turns, each of which has to be learned first.
+    Many,
     /// A few packets each.
     Short,
 }
@@ -92,6 +94,9 @@ impl Way {
             Self::Kernel => tunnel >= packets && programs == 0,
             Self::Tunnelled => programs + tunnel >= packets,
             Self::Learned if flows == Flows::Short => programs + tunnel >= packets,
+            Self::Programs | Self::Learned if flows == Flows::Many => {
+                programs + tunnel >= packets && programs >= tunnel / 4
+            }
             Self::Programs | Self::Learned => {
                 programs + tunnel >= packets
                     && tunnel.saturating_mul(LEARNED_SHARE) <= programs.max(LEARNED_SHARE * 50)

@@ -49,7 +49,10 @@ pub fn measure(
     for target in targets {
         let mut cells: Vec<Cell<'_>> = stages
             .iter()
-            .filter(|stage| stage.side.way(*target).is_some())
+            .filter(|stage| {
+                let way = stage.side.way(*target);
+                way.is_some_and(|way| probe.traffic.concerns(way))
+            })
             .map(|stage| Cell {
                 stage,
                 target: *target,

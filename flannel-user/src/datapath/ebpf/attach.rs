@@ -128,11 +128,12 @@ impl Attachments {
         }
     }
 
+    /// Is the program there that takes packets in, from a pod or from other nodes?
     pub(super) fn is_attached(&self, ifindex: u32) -> bool {
-        self.placed.contains_key(&Place {
-            hook: Hook::FromPod,
-            ifindex,
-        })
+        let takes = [Hook::FromPod, Hook::FromUplink];
+        takes
+            .into_iter()
+            .any(|hook| self.placed.contains_key(&Place { hook, ifindex }))
     }
 
     /// Attaches what is missing, then detaches what is not wanted. A `thorough`

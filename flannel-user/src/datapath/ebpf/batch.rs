@@ -1,6 +1,6 @@
-//! Reading a whole hash map of the kernel, a batch of entries a system call.
+//! Maps of the kernel, a batch of entries a system call.
 //!
-//! Key by key it would take two calls an entry, and start anew whenever the key
+//! Reading key by key would take two calls an entry, and start anew whenever the key
 //! that it stands at is removed, as happens all the time in a table of the
 //! least recently used. Batches go by the table's buckets and come to an end.
 
@@ -13,6 +13,8 @@ use aya::{Pod, maps::MapData};
 
 /// `BPF_MAP_LOOKUP_BATCH`.
 const LOOKUP_BATCH: libc::c_long = 24;
+/// `BPF_MAP_UPDATE_BATCH`.
+const UPDATE_BATCH: libc::c_long = 26;
 /// Entries of one call: more than any bucket of a table holds.
 const ENTRIES: u32 = 4096;
 
@@ -30,11 +32,43 @@ struct Attributes {
     flags: u64,
 }
 
-/// Calls `visit` with each entry of a hash map whose keys are `K` and whose values are `V`.
+/// Writes each of `keys` with its value. For several pages of entries the kernel asks for memory of
+/// that size, so they go in parts.
 ///
 /// # Errors
-/// What the kernel says; what was visited before stays visited.
-pub fn for_each<K: Pod, V: Pod>(map: &MapData, mut visit: impl FnMut(&K, &V)) -> io::Result<()> {
+/// What the kernel says, among others that it takes no batches for this map; what was written
+/// before stays written.
+pub fn update<K: Pod, V: Pod>(map: &MapData, keys: &[K], values: &[V]) -> io::Result<()> {
+    expect_sizes::<K, V>(map)?;
+    for (keys, values) in keys
+        .chunks(ENTRIES as usize)
+        .zip(values.chunks(ENTRIES as usize))
+    {
+        let mut attributes = Attributes {
+            keys: keys.as_ptr() as u64,
+            values: values.as_ptr() as u64,
+            count: keys.len().min(values.len()) as u32,
+            map: map.fd().as_fd().as_raw_fd().cast_unsigned(),
+            ..Attributes::default()
+        };
+        // SAFETY: the kernel reads `count` keys and values of the sizes compared above out of the
+        // slices, which live until it returns.
+        let answer = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                UPDATE_BATCH,
+                &raw mut attributes,
+                size_of::<Attributes>(),
+            )
+        };
+        if answer < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+fn expect_sizes<K, V>(map: &MapData) -> io::Result<()> {
     let info = map.info().map_err(io::Error::other)?;
     if (info.key_size() as usize, info.value_size() as usize) != (size_of::<K>(), size_of::<V>()) {
         return Err(io::Error::new(
@@ -42,6 +76,15 @@ pub fn for_each<K: Pod, V: Pod>(map: &MapData, mut visit: impl FnMut(&K, &V)) ->
             "keys or values of another size",
         ));
     }
+    Ok(())
+}
+
+/// Calls `visit` with each entry of a hash map whose keys are `K` and whose values are `V`.
+///
+/// # Errors
+/// What the kernel says; what was visited before stays visited.
+pub fn for_each<K: Pod, V: Pod>(map: &MapData, mut visit: impl FnMut(&K, &V)) -> io::Result<()> {
+    expect_sizes::<K, V>(map)?;
     let entries = ENTRIES as usize;
     let mut keys: Vec<K> = Vec::with_capacity(entries);
     let mut values: Vec<V> = Vec::with_capacity(entries);

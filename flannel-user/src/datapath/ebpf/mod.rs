@@ -29,13 +29,9 @@ mod trace;
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use flannel_ebpf::{
-    layout::{
-        FAST_PATH_DIRECT, FAST_PATH_LEARNED, LocalPod, NodeConfig, POD_IN_KERNEL, RemoteSubnet,
-        Tally,
-    },
+    layout::{FAST_PATH_DIRECT, FAST_PATH_LEARNED, LocalPod, NodeConfig, POD_IN_KERNEL, Tally},
     reason::Reason,
 };
-use ipnet::Ipv4Net;
 use tracing::debug;
 
 use self::{
@@ -53,7 +49,7 @@ pub use self::{
     own::OwnState,
     tables::Addresses,
 };
-use super::{conntrack::Conntrack, exclusion::Exclusions, pods::Pod};
+use super::{conntrack::Conntrack, exclusion::Exclusions, pods::Pod, remotes::Remotes};
 use crate::observe::{
     flows::{Filter, Flows},
     status::BypassStatus,
@@ -153,8 +149,8 @@ pub struct Wanted {
     pub uplink: String,
     /// Name of the tunnel device; its index is in `node`.
     pub tunnel: String,
-    /// Peers by pod subnet.
-    pub remotes: BTreeMap<Ipv4Net, RemoteSubnet>,
+    /// Peers, and which of them changed since the last [`EbpfDatapath::sync`] that succeeded.
+    pub remotes: Remotes,
     /// Pods of this node.
     pub pods: Vec<Pod>,
     /// Pods that stay with the kernel, by the index of their veth, and why.
@@ -277,7 +273,7 @@ impl EbpfDatapath {
         Ok(report)
     }
 
-    /// Is the program of this pod's veth in place?
+    /// Is the program in place that takes packets in at this pod's veth, or at the uplink?
     #[must_use]
     pub fn is_attached(&self, ifindex: u32) -> bool {
         self.attachments.is_attached(ifindex)

@@ -1,11 +1,11 @@
 //! The maps as the agent keeps them: a mirror of each, and the difference to what is wanted.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use aya::{
     Pod,
     maps::{
-        Array, HashMap, MapData, MapError, PerCpuArray, PerCpuValues,
+        Array, HashMap, IterableMap as _, MapData, MapError, PerCpuArray, PerCpuValues,
         lpm_trie::{Key, LpmTrie},
     },
     util::nr_cpus,
@@ -19,9 +19,13 @@ use flannel_ebpf::{
     reason::Reason,
 };
 use ipnet::Ipv4Net;
+use tracing::debug;
 
-use super::{EbpfError, epoch::Generation, object::Programs};
-use crate::datapath::exclusion::Exclusions;
+use super::{EbpfError, batch, epoch::Generation, object::Programs};
+use crate::datapath::{exclusion::Exclusions, remotes::Remotes};
+
+/// From so many new entries on they are written in batches.
+const MANY: usize = 32;
 
 /// Addresses in network order, as map keys.
 pub type Addresses<V> = BTreeMap<[u8; 4], V>;
@@ -30,6 +34,8 @@ pub type Addresses<V> = BTreeMap<[u8; 4], V>;
 trait Keyed<K, V> {
     fn entries(&self) -> Result<BTreeMap<K, V>, MapError>;
     fn put(&mut self, key: &K, value: &V) -> Result<(), MapError>;
+    /// Writes many at once, as far as this kernel can.
+    fn put_all(&mut self, entries: &[(K, V)]) -> std::io::Result<()>;
     fn delete(&mut self, key: &K) -> Result<(), MapError>;
 }
 
@@ -39,6 +45,10 @@ impl<V: Pod> Keyed<[u8; 4], V> for HashMap<MapData, [u8; 4], V> {
     }
     fn put(&mut self, key: &[u8; 4], value: &V) -> Result<(), MapError> {
         self.insert(key, value, 0)
+    }
+    fn put_all(&mut self, entries: &[([u8; 4], V)]) -> std::io::Result<()> {
+        let (keys, values): (Vec<_>, Vec<_>) = entries.iter().copied().unzip();
+        batch::update(self.map(), &keys, &values)
     }
     fn delete(&mut self, key: &[u8; 4]) -> Result<(), MapError> {
         self.remove(key)
@@ -57,6 +67,11 @@ impl<V: Pod> Keyed<Ipv4Net, V> for LpmTrie<MapData, [u8; 4], V> {
     }
     fn put(&mut self, key: &Ipv4Net, value: &V) -> Result<(), MapError> {
         self.insert(&trie_key(key), value, 0)
+    }
+    fn put_all(&mut self, entries: &[(Ipv4Net, V)]) -> std::io::Result<()> {
+        let keys: Vec<_> = entries.iter().map(|(key, _)| trie_key(key)).collect();
+        let values: Vec<V> = entries.iter().map(|(_, value)| *value).collect();
+        batch::update(self.map(), &keys, &values)
     }
     fn delete(&mut self, key: &Ipv4Net) -> Result<(), MapError> {
         self.remove(&trie_key(key))
@@ -84,47 +99,76 @@ impl<M: Keyed<K, V>, K: Ord + Clone, V: PartialEq + Clone> Mirror<M, K, V> {
         Ok(Self { name, map, held })
     }
 
-    /// Keys whose entry will go or be another.
-    fn changes(&self, wanted: &BTreeMap<K, V>) -> Vec<K> {
-        self.held
-            .iter()
-            .filter(|(key, held)| wanted.get(*key) != Some(*held))
-            .map(|(key, _)| key.clone())
-            .collect()
+    /// Entries that will go or be replaced; only those of `keys` are looked at, if given.
+    fn changed(&self, wanted: &BTreeMap<K, V>, keys: Option<&BTreeSet<K>>) -> Vec<(K, V)> {
+        let differs = |(key, held): &(&K, &V)| wanted.get(*key) != Some(*held);
+        let owned = |(key, held): (&K, &V)| (key.clone(), held.clone());
+        match keys {
+            None => self.held.iter().filter(differs).map(owned).collect(),
+            Some(keys) => keys
+                .iter()
+                .filter_map(|key| self.held.get_key_value(key))
+                .filter(differs)
+                .map(owned)
+                .collect(),
+        }
     }
 
-    /// Values that will go or be replaced.
-    fn changed_values(&self, wanted: &BTreeMap<K, V>) -> Vec<V> {
-        self.held
-            .iter()
-            .filter(|(key, held)| wanted.get(*key) != Some(*held))
-            .map(|(_, held)| held.clone())
-            .collect()
-    }
-
-    /// Writes every entry that is new or different.
-    fn add(&mut self, wanted: &BTreeMap<K, V>) -> Result<(), EbpfError> {
-        for (key, value) in wanted {
-            if self.held.get(key) != Some(value) {
-                self.map.put(key, value).map_err(|source| EbpfError::Map {
-                    action: "write",
-                    map: self.name,
-                    source,
-                })?;
-                self.held.insert(key.clone(), value.clone());
+    /// Writes every entry that is new or different; only those of `keys`, if given.
+    fn add(
+        &mut self,
+        wanted: &BTreeMap<K, V>,
+        keys: Option<&BTreeSet<K>>,
+    ) -> Result<(), EbpfError> {
+        let differs = |(key, value): &(&K, &V)| self.held.get(*key) != Some(*value);
+        let owned = |(key, value): (&K, &V)| (key.clone(), value.clone());
+        let news: Vec<(K, V)> = match keys {
+            None => wanted.iter().filter(differs).map(owned).collect(),
+            Some(keys) => keys
+                .iter()
+                .filter_map(|key| wanted.get_key_value(key))
+                .filter(differs)
+                .map(owned)
+                .collect(),
+        };
+        // Not every kernel takes batches for every kind of map.
+        let is_done = news.len() >= MANY
+            && self
+                .map
+                .put_all(&news)
+                .inspect_err(|error| debug!(map = self.name, %error, "no batch: one by one"))
+                .is_ok();
+        for (key, value) in news {
+            if !is_done {
+                self.map
+                    .put(&key, &value)
+                    .map_err(|source| EbpfError::Map {
+                        action: "write",
+                        map: self.name,
+                        source,
+                    })?;
             }
+            self.held.insert(key, value);
         }
         Ok(())
     }
 
-    /// Removes every entry that is not wanted.
-    fn trim(&mut self, wanted: &BTreeMap<K, V>) -> Result<(), EbpfError> {
-        let stale: Vec<K> = self
-            .held
-            .keys()
-            .filter(|key| !wanted.contains_key(*key))
-            .cloned()
-            .collect();
+    /// Removes every entry that is not wanted; only those of `keys`, if given.
+    fn trim(
+        &mut self,
+        wanted: &BTreeMap<K, V>,
+        keys: Option<&BTreeSet<K>>,
+    ) -> Result<(), EbpfError> {
+        let is_stale = |key: &&K| !wanted.contains_key(*key);
+        let stale: Vec<K> = match keys {
+            None => self.held.keys().filter(is_stale).cloned().collect(),
+            Some(keys) => keys
+                .iter()
+                .filter(|key| self.held.contains_key(*key))
+                .filter(is_stale)
+                .cloned()
+                .collect(),
+        };
         for key in stale {
             match self.map.delete(&key) {
                 Ok(()) | Err(MapError::KeyNotFound) => {}
@@ -205,16 +249,17 @@ impl MapTables {
     pub(super) fn fill(
         &mut self,
         node: &NodeConfig,
-        remotes: &BTreeMap<Ipv4Net, RemoteSubnet>,
+        remotes: &Remotes,
         pods: &Addresses<LocalPod>,
         generation: &Generation,
     ) -> Result<(), EbpfError> {
-        let changed_pods = self.pods.changes(pods);
-        let changed_peers = self.remotes.changed_values(remotes);
-        let peers: Addresses<u32> = remotes.values().map(|remote| (remote.node, 1)).collect();
-        self.peers.add(&peers)?;
-        self.remotes.add(remotes)?;
-        self.pods.add(pods)?;
+        let touched = remotes.touched();
+        let (subnets, nodes) = (remotes.subnets(), remotes.nodes());
+        let changed_pods = self.pods.changed(pods, None);
+        let changed_peers = self.remotes.changed(subnets, touched.subnets());
+        self.peers.add(nodes, touched.nodes())?;
+        self.remotes.add(subnets, touched.subnets())?;
+        self.pods.add(pods, None)?;
         if self.written_node.as_ref() != Some(node) {
             self.node.set(0, node, 0).map_err(|source| EbpfError::Map {
                 action: "write",
@@ -224,14 +269,14 @@ impl MapTables {
             self.written_node = Some(*node);
             generation.raise();
         }
-        self.remotes.trim(remotes)?;
-        self.pods.trim(pods)?;
-        self.peers.trim(&peers)?;
+        self.remotes.trim(subnets, touched.subnets())?;
+        self.pods.trim(pods, None)?;
+        self.peers.trim(nodes, touched.nodes())?;
         // Last, so that nothing learned meanwhile rests on what was there before.
-        for address in changed_pods {
+        for (address, _) in changed_pods {
             generation.raise_for(address);
         }
-        for remote in changed_peers {
+        for (_, remote) in changed_peers {
             generation.raise_for(remote.node);
         }
         Ok(())
@@ -252,8 +297,8 @@ impl MapTables {
         if self.excluded_subnets.held == subnets && self.ports == ports {
             return Ok(());
         }
-        self.excluded_subnets.add(&subnets)?;
-        self.excluded_subnets.trim(&subnets)?;
+        self.excluded_subnets.add(&subnets, None)?;
+        self.excluded_subnets.trim(&subnets, None)?;
         for (index, word) in (0_u32..).zip(&ports) {
             self.excluded_ports
                 .set(index, word, 0)

@@ -96,6 +96,19 @@ impl Entries {
         (wanted, conflicts)
     }
 
+    /// Base, MAC and node of the peer behind `subnet`, if it shares none of its entries.
+    fn sole_peer(&self, subnet: &Ipv4Net) -> Option<(Ipv4Addr, MacAddr, Ipv4Addr)> {
+        let base = subnet.network();
+        let of_base = Ipv4Net::new(base, 0).ok()?..=Ipv4Net::new(base, 32).ok()?;
+        let mac = *self.neighbours.get(&base)?;
+        let node = *self.fdb.get(&mac)?;
+        let users = self.neighbours.values().filter(|other| **other == mac);
+        let is_sole = self.routes.contains(subnet)
+            && self.routes.range(of_base).count() == 1
+            && users.count() == 1;
+        is_sole.then_some((base, mac, node))
+    }
+
     /// What is programmed once `plan` was carried out.
     pub(super) fn follow(&mut self, plan: &Plan) {
         for subnet in &plan.withdraw {
@@ -233,40 +246,47 @@ impl Plan {
         plan
     }
 
-    /// The same for peers that only came and went, from what was programmed last. `None`
-    /// where entries of two peers touch each other or a peer changed its way: then the whole
-    /// has to be looked at.
+    /// The same from what changed and from what was programmed last. `None` where entries of two
+    /// peers touch each other: then the whole has to be looked at.
     pub(super) fn of_changes(changes: &Changes, programmed: &Entries) -> Option<Self> {
         let mut plan = Self::default();
-        for (subnet, Via::Vxlan { node, vtep_mac }) in &changes.remove {
-            let base = subnet.network();
-            let of_base = Ipv4Net::new(base, 0).ok()?..=Ipv4Net::new(base, 32).ok()?;
-            let uses = programmed.neighbours.values();
-            if programmed.routes.range(of_base).count() != 1
-                || !programmed.routes.contains(subnet)
-                || programmed.neighbours.get(&base) != Some(vtep_mac)
-                || programmed.fdb.get(vtep_mac) != Some(node)
-                || uses.filter(|mac| *mac == vtep_mac).count() != 1
-            {
-                return None;
-            }
+        for (subnet, _) in &changes.remove {
+            let (base, mac, node) = programmed.sole_peer(subnet)?;
             plan.withdraw.push(*subnet);
             plan.stale_neighbours.push(base);
-            plan.stale_fdb.push((*vtep_mac, Some(*node)));
+            plan.stale_fdb.push((mac, Some(node)));
         }
         let (mut macs, mut bases) = (BTreeSet::new(), BTreeSet::new());
         for (subnet, Via::Vxlan { node, vtep_mac }) in &changes.upsert {
             let base = subnet.network();
-            if programmed.fdb.contains_key(vtep_mac)
-                || programmed.neighbours.contains_key(&base)
-                || !macs.insert(*vtep_mac)
-                || !bases.insert(base)
-            {
+            if !macs.insert(*vtep_mac) || !bases.insert(base) {
                 return None;
             }
+            if !programmed.neighbours.contains_key(&base) {
+                if programmed.fdb.contains_key(vtep_mac) {
+                    return None;
+                }
+                plan.routes.push(*subnet);
+            } else {
+                // A known peer by another way: its route stays.
+                let (_, old, _) = programmed.sole_peer(subnet)?;
+                if old != *vtep_mac {
+                    if programmed.fdb.contains_key(vtep_mac) {
+                        return None;
+                    }
+                    plan.stale_fdb
+                        .push((old, programmed.fdb.get(&old).copied()));
+                }
+            }
             plan.fdb.push((*vtep_mac, *node));
-            plan.neighbours.push((base, *vtep_mac));
-            plan.routes.push(*subnet);
+            if programmed.neighbours.get(&base) != Some(vtep_mac) {
+                plan.neighbours.push((base, *vtep_mac));
+            }
+        }
+        // What one peer leaves another may have taken up.
+        let taken_up = |(mac, _): &(MacAddr, _)| macs.contains(mac);
+        if plan.stale_fdb.iter().any(taken_up) {
+            return None;
         }
         Some(plan)
     }
@@ -374,8 +394,22 @@ mod tests {
             (&more, TWO, true),
             (TWO, &[TWO[0], THIRD], true),
             (TWO, &[], true),
-            // Another way, a MAC that is in use, a base that is in use, a MAC that stays in use.
-            (TWO, &[TWO[0], ("10.244.2.0/24", "192.168.50.9", 2)], false),
+            // Another address, another MAC, both.
+            (TWO, &[TWO[0], ("10.244.2.0/24", "192.168.50.9", 2)], true),
+            (TWO, &[TWO[0], ("10.244.2.0/24", "192.168.50.2", 9)], true),
+            (TWO, &[TWO[0], ("10.244.2.0/24", "192.168.50.9", 9)], true),
+            // Two that change places, another's MAC, a MAC that goes from one to another.
+            (
+                TWO,
+                &[
+                    ("10.244.1.0/24", "192.168.50.2", 2),
+                    ("10.244.2.0/24", "192.168.50.1", 1),
+                ],
+                false,
+            ),
+            (TWO, &[TWO[0], ("10.244.2.0/24", "192.168.50.1", 1)], false),
+            (TWO, &[("10.244.2.0/24", "192.168.50.1", 1)], false),
+            // A MAC that is in use, a base that is in use, a MAC that stays in use.
             (
                 TWO,
                 &[TWO[0], TWO[1], ("10.244.3.0/24", "192.168.50.2", 2)],

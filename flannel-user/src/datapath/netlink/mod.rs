@@ -103,8 +103,8 @@ pub struct NetlinkDatapath {
     spec: Option<DeviceSpec>,
     device: Option<Device>,
     programmed: Entries,
-    /// What `programmed` was made from, if the last pass was good.
-    settled: Option<ForwardingTable>,
+    /// The last pass was good: `programmed` is what its table needs.
+    settled: bool,
     /// Events that own changes of the FDB cause, and until when they are waited for: unlike
     /// all others they do not name this socket.
     echoes: usize,
@@ -122,7 +122,7 @@ impl NetlinkDatapath {
             spec: None,
             device: None,
             programmed: Entries::default(),
-            settled: None,
+            settled: false,
             echoes: 0,
             echoes_end: Instant::now(),
         })
@@ -189,38 +189,36 @@ impl NetlinkDatapath {
         true
     }
 
-    /// Follows peers that came or went since the last pass, without a look at what the
+    /// Carries out `changes` of the table since the last pass, without a look at what the
     /// kernel has: with thousands of peers that look takes a hundred times as long. `None`
-    /// where that does not do, because of another change or a failure: a full pass has to
-    /// follow.
-    pub async fn follow(&mut self, table: &ForwardingTable) -> Option<Pass> {
-        let mut settled = self.settled.take()?;
+    /// where that does not do, because peers touch each other or something failed: a full
+    /// pass has to follow.
+    pub async fn follow(&mut self, changes: &Changes) -> Option<Pass> {
+        if !std::mem::take(&mut self.settled) {
+            return None;
+        }
         let device = self.device.clone()?;
-        let changes = Changes::between(&settled, table);
-        let plan = Plan::of_changes(&changes, &self.programmed)?;
+        let plan = Plan::of_changes(changes, &self.programmed)?;
         let mut pass = Pass::default();
         let applied = self.apply(&plan, &device, &mut pass).await;
         if applied.is_err() || !pass.errors.is_empty() {
             return None;
         }
         self.programmed.follow(&plan);
-        settled.apply(&changes);
-        self.settled = Some(settled);
+        self.settled = true;
         debug!(
             installed = pass.installed,
             removed = pass.removed,
-            "followed peers that came or went"
+            "followed changes of peers"
         );
         Some(pass)
     }
 
     /// One full pass: device, then every entry of `table` and nothing else of ours.
     pub async fn reconcile(&mut self, table: &ForwardingTable) -> Pass {
-        self.settled = None;
+        self.settled = false;
         let pass = self.whole_pass(table).await;
-        if pass.errors.is_empty() {
-            self.settled = Some(table.clone());
-        }
+        self.settled = pass.errors.is_empty();
         pass
     }
 

@@ -31,6 +31,9 @@ use tokio::io::unix::AsyncFd;
 /// if every one of them fails the answers fit the receive buffer below.
 const BATCH: usize = 512;
 
+/// Questions per send. Each answer is a message of its own, which costs some 8 kB of the buffer.
+const QUESTIONS: usize = 256;
+
 /// Receive buffer in bytes. An answer costs about 1 kB of it.
 const RECEIVE_BUFFER: usize = 4 << 20;
 
@@ -189,6 +192,52 @@ impl Rtnl {
             Err(error) if error.is_gone() => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// The same for many questions, each of which names one object: asked in batches, which
+    /// takes a tenth of the time. Answers stand in the questions' order.
+    ///
+    /// # Errors
+    /// A fault of the socket: nothing is known then.
+    pub async fn get_all(
+        &mut self,
+        questions: Vec<RouteNetlinkMessage>,
+    ) -> Result<Vec<Result<Option<RouteNetlinkMessage>, RtnlError>>, RtnlError> {
+        let mut answers = Vec::with_capacity(questions.len());
+        let mut questions = questions.into_iter().peekable();
+        while questions.peek().is_some() {
+            let first = self.sequence.wrapping_add(1);
+            let mut bytes = Vec::with_capacity(QUESTIONS * 64);
+            let mut asked = 0;
+            for question in questions.by_ref().take(QUESTIONS) {
+                self.encode(question, 0, &mut bytes);
+                asked += 1;
+            }
+            self.send(&bytes).await?;
+            let mut part: Vec<_> = (0..asked).map(|_| None).collect();
+            let mut missing = asked;
+            while missing > 0 {
+                let length_read = self.receive().await?;
+                for message in messages(&self.datagram[..length_read]) {
+                    let message = message?;
+                    let index = message.header.sequence_number.wrapping_sub(first) as usize;
+                    let Some(place @ None) = part.get_mut(index) else {
+                        continue; // an answer nobody waits for any more
+                    };
+                    *place = match message.payload {
+                        NetlinkPayload::InnerMessage(object) => Some(Ok(Some(object))),
+                        NetlinkPayload::Error(error) => Some(match refusal(&error) {
+                            Some(error) if !error.is_gone() => Err(error),
+                            _ => Ok(None),
+                        }),
+                        _ => continue,
+                    };
+                    missing -= 1;
+                }
+            }
+            answers.extend(part.into_iter().flatten());
+        }
+        Ok(answers)
     }
 
     /// One change.

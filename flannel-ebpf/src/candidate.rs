@@ -1,0 +1,137 @@
+//! Flows that have not earned an entry: how often each has shown the same.
+//!
+//! The table is small and each place has room for one. Whoever is there keeps
+//! the place as long as it shows up, so that many flows that take turns get
+//! their verdicts one after the other instead of driving each other out for
+//! ever. Now and then a newcomer gets the place all the same: a flow that never
+//! gets a verdict does not block it.
+
+use crate::layout::{Candidate, Epoch};
+
+/// Sightings with the same outcome in a row that make a verdict: a flow of two packets never pays
+/// for an entry.
+pub const NEEDED: u8 = 3;
+
+/// Packets of a TCP flow, beside opening and closing ones, before it is worth notes. A connection
+/// for one request and its answer has four: it pays for a look into this table and no more.
+pub const STRANGER: u8 = 4;
+
+/// How long a place is kept for somebody who does not show up, in jiffies.
+#[inline(always)]
+const fn stay(epoch: &Epoch) -> u16 {
+    let half = epoch.validity / 2;
+    if half > 30_000 { 30_000 } else { half as u16 }
+}
+
+/// The candidate after one more packet that shows `outcome`; `None` while its place is another's
+/// and it does not insist.
+#[inline(always)]
+#[must_use]
+pub const fn again(
+    found: Candidate,
+    outcome: u64,
+    generation: u32,
+    epoch: &Epoch,
+    now: u32,
+    insists: bool,
+) -> Option<Candidate> {
+    let (outcome, generation, now) = (outcome as u32, generation as u8, now as u16);
+    let is_own = found.times != 0 && found.outcome == outcome;
+    if is_own && found.generation == generation {
+        return Some(Candidate {
+            times: found.times.saturating_add(1),
+            at: now,
+            ..found
+        });
+    }
+    let is_kept = found.times != 0 && now.wrapping_sub(found.at) <= stay(epoch);
+    if is_kept && !is_own && !insists {
+        return None;
+    }
+    Some(Candidate {
+        outcome,
+        generation,
+        times: 1,
+        at: now,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EPOCH: Epoch = Epoch {
+        generation: 7,
+        grace_until: 0,
+        flags: 0,
+        validity: 2000,
+        probe_gap: 250,
+        recheck_gap: 5,
+        own_until: 0,
+        own_linger: 0,
+        class_validity: 0,
+        class_patience: 0,
+    };
+
+    /// Just before the low 16 bits of the jiffies wrap.
+    const NOW: u32 = 0x2_fff0;
+
+    fn next(found: Candidate, outcome: u64, now: u32) -> Option<Candidate> {
+        again(found, outcome, EPOCH.generation, &EPOCH, now, false)
+    }
+
+    fn times(count: usize, outcome: u64) -> Candidate {
+        (0..count).fold(Candidate::default(), |found, _| {
+            next(found, outcome, NOW).expect("its own place")
+        })
+    }
+
+    #[test]
+    fn the_same_again_is_counted() {
+        assert_eq!(times(3, 42).times, 3);
+        assert_eq!(times(300, 42).times, u8::MAX, "and does not wrap");
+    }
+
+    #[test]
+    fn another_outcome_starts_anew_when_the_place_is_free_and_not_before() {
+        let found = times(2, 42);
+        assert_eq!(next(found, 43, NOW + 1000), None);
+        let taken = next(found, 43, NOW + 1001).expect("nobody showed up");
+        assert_eq!((taken.outcome, taken.times), (43, 1));
+    }
+
+    #[test]
+    fn another_generation_starts_anew_at_once() {
+        let found = times(2, 42);
+        let next = again(found, 42, 8, &EPOCH, NOW, false).expect("its own place");
+        assert_eq!((next.generation, next.times), (8, 1));
+    }
+
+    #[test]
+    fn who_insists_gets_the_place() {
+        let next = again(times(2, 42), 43, 7, &EPOCH, NOW, true).expect("it insists");
+        assert_eq!((next.outcome, next.times), (43, 1));
+    }
+
+    #[test]
+    fn flows_in_turn_get_their_verdicts_one_after_the_other() {
+        let mut place = Candidate::default();
+        let mut waiting = vec![1, 2, 3, 4, 5];
+        let mut turns = 0;
+        while !waiting.is_empty() {
+            turns += 1;
+            waiting.retain(|flow| match next(place, *flow, NOW + turns * 300) {
+                Some(candidate) if candidate.times >= NEEDED => {
+                    place = Candidate::default();
+                    false
+                }
+                Some(candidate) => {
+                    place = candidate;
+                    true
+                }
+                None => true,
+            });
+            assert!(turns <= 5 * u32::from(NEEDED), "{waiting:?} wait for ever");
+        }
+    }
+}
