@@ -10,6 +10,7 @@ pub mod next_hop;
 pub mod node_config;
 pub mod pods;
 pub mod remotes;
+pub mod ruleset;
 pub mod shaping;
 pub mod switch;
 pub mod tunnel_mtu;
