@@ -69,6 +69,7 @@ mod tests {
         recheck_gap: 5,
         own_until: 0,
         own_linger: 0,
+        class_generation: 0,
         class_validity: 0,
         class_patience: 0,
     };

@@ -367,7 +367,7 @@ pub struct Note {
     pub _pad: u8,
     /// When, in jiffies.
     pub at: u32,
-    /// Global generation then.
+    /// Global generation then; of a packet of the handshake, that of classes.
     pub generation: u32,
     /// Interface it came in by.
     pub ifindex: u32,
@@ -421,12 +421,14 @@ pub struct Epoch {
     /// How long a closed own connection's entry may be taken for the next one, in jiffies. The
     /// agent deletes it a little later.
     pub own_linger: u32,
+    /// Generation of classes: raised with the change itself, not after a pause.
+    pub class_generation: u32,
     /// How long a class holds until one of its SYNs has to ask the stack again, in jiffies.
     pub class_validity: u32,
     /// How long the answer to such a SYN may take, in jiffies.
     pub class_patience: u32,
 }
-const _: () = assert!(size_of::<Epoch>() == 40);
+const _: () = assert!(size_of::<Epoch>() == 44);
 
 /// [`Epoch::flags`]: verdicts may be used.
 pub const BYPASS_ANY: u32 = 1 << 0;

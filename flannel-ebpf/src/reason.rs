@@ -181,7 +181,8 @@ reasons! {
     OwnOpened: Own, Forwarded, "own_opened", "a SYN opened a connection that bypasses the stack from it on";
     OwnNoClass: Own, Kernel, "own_no_class", "a SYN took the stack: it has not yet let such connections pass often enough";
     OwnChanged: Own, Kernel, "own_changed", "a SYN took the stack: something changed since such a connection passed";
-    OwnProbe: Own, Kernel, "own_probe", "a SYN asks the stack whether such connections still pass, or one of them does and is not through yet";
+    OwnProbe: Own, Kernel, "own_probe", "a SYN asks the stack whether such connections still pass";
+    OwnPending: Own, Kernel, "own_pending", "a SYN took the stack: another one is asking there and is not through yet";
     OwnUnanswered: Own, Kernel, "own_unanswered", "a SYN took the stack: no answer to the last one that asked has passed";
     OwnHalfOpen: Own, Kernel, "own_half_open", "a SYN took the stack: too many such connections have not got past their handshake";
     OwnPaused: Own, Kernel, "own_paused", "a SYN took the stack: the agent lets no connection open at present; status says why";

@@ -138,6 +138,7 @@ impl Default for Fixture {
                 recheck_gap: 5,
                 own_until: 3_000,
                 own_linger: 1_900,
+                class_generation: 1,
                 class_validity: 1_000,
                 class_patience: 250,
             },

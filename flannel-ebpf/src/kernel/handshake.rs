@@ -52,7 +52,7 @@ fn passed(leaving: &Note, wire: &FlowKey, pod: u32, node: &NodeConfig, way: Way)
         is_same,
         counts: outcome == Match::Same
             && is_same
-            && note.generation == KernelTables.epoch().generation
+            && note.generation == KernelTables.epoch().class_generation
             // On the way out the pod's own veth; on the way in the tunnel.
             && (matches!(way, Way::In) || note.ifindex == pod),
     }
@@ -124,7 +124,7 @@ fn tell(key: &FlowKey, packet: &Packet, way: Way, is_syn: bool, peer: [u8; 4]) {
         _ => Way::In,
     };
     let class_key = opening::class(key, opener);
-    let generation = KernelTables.epoch().generation;
+    let generation = KernelTables.epoch().class_generation;
     let now = Now {
         jiffies: maps::jiffies(),
         pod: KernelTables.generation(generation_slot(key.src)),

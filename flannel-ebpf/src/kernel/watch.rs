@@ -38,7 +38,12 @@ pub(super) fn note(
         return;
     };
     note.at = maps::jiffies();
-    note.generation = KernelTables.epoch().generation;
+    let epoch = KernelTables.epoch();
+    note.generation = if packet.is_handshake() {
+        epoch.class_generation
+    } else {
+        epoch.generation
+    };
     note.ifindex = wire.meta().ifindex;
     note.probe = u8::from(probe);
     let (Some(trail), Some(place)) = (

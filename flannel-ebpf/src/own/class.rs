@@ -54,7 +54,7 @@ pub const fn standing(
     if class.syns < NEEDED || class.dscp != dscp {
         return Err(Reason::OwnNoClass);
     }
-    if class.generation != epoch.generation
+    if class.generation != epoch.class_generation
         || class.pod_generation != now.pod
         || class.peer_generation != now.peer
     {
@@ -64,7 +64,7 @@ pub const fn standing(
         return Err(Reason::OwnNoClass);
     }
     if class.pending != 0 {
-        return Err(Reason::OwnProbe);
+        return Err(Reason::OwnPending);
     }
     if now.jiffies.wrapping_sub(class.syn_seen) > epoch.class_validity {
         return Ok(Standing::Ask);
@@ -179,6 +179,7 @@ mod tests {
         recheck_gap: 0,
         own_until: 0,
         own_linger: 0,
+        class_generation: 7,
         class_validity: 1000,
         class_patience: 250,
     };
@@ -230,7 +231,10 @@ mod tests {
             change(&mut epoch);
             standing(&class, &epoch, &at(1), 0)
         };
-        assert_eq!(other(|epoch| epoch.generation = 8), Err(Reason::OwnChanged));
+        assert_eq!(
+            other(|epoch| epoch.class_generation = 8),
+            Err(Reason::OwnChanged)
+        );
         for (pod, peer) in [(9, 4), (3, 9)] {
             let now = Now { pod, peer, ..at(1) };
             assert_eq!(standing(&class, &EPOCH, &now, 0), Err(Reason::OwnChanged));
@@ -241,7 +245,7 @@ mod tests {
     #[test]
     fn a_new_generation_needs_a_syn_and_its_answer_again() {
         let epoch = Epoch {
-            generation: 8,
+            class_generation: 8,
             ..EPOCH
         };
         let mut class = syn_passed(Some(&learned(0)), 8, &at(10), 0);
@@ -270,7 +274,7 @@ mod tests {
         class.pending = 1;
         assert_eq!(
             standing(&class, &EPOCH, &at(1002), 0),
-            Err(Reason::OwnProbe)
+            Err(Reason::OwnPending)
         );
         let mut class = syn_passed(Some(&class), 7, &at(1003), 0);
         // Its answer is waited for, but not for ever.

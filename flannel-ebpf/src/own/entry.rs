@@ -83,7 +83,7 @@ pub struct Class {
     pub waiting_since: u32,
     /// When `half_open` began to count.
     pub half_open_since: u32,
-    /// Global generation of the last SYN.
+    /// Generation of classes at the last SYN.
     pub generation: u32,
     /// Generation of the pod then.
     pub pod_generation: u32,

@@ -156,6 +156,18 @@ fn render_bypass(out: &mut String, bypass: &BypassStatus) -> fmt::Result {
     }
 }
 
+/// Which connections open without asking.
+fn kind(own: &OwnState) -> String {
+    if own.by_class {
+        format!(
+            "from the SYN on by class ({} classes, each asks every {:.0} s)",
+            own.classes, own.class_validity_seconds
+        )
+    } else {
+        "from the SYN on".to_owned()
+    }
+}
+
 fn render_own(out: &mut String, own: &OwnState) -> fmt::Result {
     if !own.wanted && own.live + own.closed == 0 {
         return Ok(());
@@ -167,8 +179,12 @@ fn render_own(out: &mut String, own: &OwnState) -> fmt::Result {
     };
     writeln!(
         out,
-        "           from the SYN on: {state}{} live, {} closing, {} handed over to conntrack, {} refused there",
-        own.live, own.closed, own.handed_over, own.refused
+        "           {}: {state}{} live, {} closing, {} handed over to conntrack, {} refused there",
+        kind(own),
+        own.live,
+        own.closed,
+        own.handed_over,
+        own.refused
     )
 }
 

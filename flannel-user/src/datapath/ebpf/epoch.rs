@@ -105,6 +105,7 @@ impl Generation {
         let generation = Self(Arc::new(Mutex::new(inner)));
         generation.set_validity(validity);
         generation.raise();
+        generation.raise_classes();
         Ok(generation)
     }
 
@@ -162,6 +163,20 @@ impl Generation {
             epoch.validity = clock.ticks(validity);
             epoch.probe_gap = clock.ticks(validity / 8);
             epoch.recheck_gap = clock.ticks(RECHECK_GAP);
+        });
+    }
+
+    /// Something changed that may change what a class stands for: without the pause that
+    /// [`Generation::raise`] needs between two.
+    pub(super) fn raise_classes(&self) {
+        self.update(|epoch, _| epoch.class_generation = epoch.class_generation.wrapping_add(1));
+    }
+
+    /// How long a class holds until it asks again, and how long the answer may take.
+    pub(super) fn set_class_validity(&self, validity: Duration, patience: Duration) {
+        self.update(|epoch, clock| {
+            epoch.class_validity = clock.ticks(validity);
+            epoch.class_patience = clock.ticks(patience);
         });
     }
 

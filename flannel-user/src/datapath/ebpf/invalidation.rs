@@ -201,11 +201,12 @@ impl Watch {
                 self.hold_while_queued();
             }
             if ready.rules || ready.ways {
+                self.generation.raise_classes();
+                self.hand_over_own();
                 self.pending = true;
             }
             if self.pending && self.raised.elapsed() >= self.gap {
                 self.generation.raise();
-                self.hand_over_own();
                 self.raised = Instant::now();
                 self.pending = false;
                 self.with_state(|state| state.raised += 1);

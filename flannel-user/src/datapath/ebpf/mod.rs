@@ -29,9 +29,10 @@ mod trace;
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use flannel_ebpf::{
-    layout::{FAST_PATH_DIRECT, FAST_PATH_LEARNED, LocalPod, NodeConfig, POD_IN_KERNEL, Tally},
+    layout::{FAST_PATH_LEARNED, LocalPod, NodeConfig, POD_IN_KERNEL, Tally},
     reason::Reason,
 };
+use ipnet::Ipv4Net;
 use tracing::debug;
 
 use self::{
@@ -39,7 +40,7 @@ use self::{
     epoch::{Clock, Generation},
     flows::{FlowTables, Learned},
     invalidation::{Bypass, Invalidation},
-    own::OwnFlows,
+    own::{Opening, OwnFlows},
     pins::PinDir,
     tables::MapTables,
 };
@@ -127,6 +128,8 @@ pub struct EbpfOptions {
     pub bpf_dir: PathBuf,
     /// Names the network on this host: several agents may run with one VNI each.
     pub vni: u32,
+    /// All pod subnets.
+    pub network: Ipv4Net,
     /// How programs are attached.
     pub attach: TcAttach,
     /// Flows of each direction that the tables hold.
@@ -246,7 +249,11 @@ impl EbpfDatapath {
                 own::hand_over_all(&self.pins.maps())?;
             }
         } else if self.own.is_none() {
-            self.own = Some(OwnFlows::start(&self.pins.maps(), self.generation.clone())?);
+            self.own = Some(OwnFlows::start(
+                &self.pins.maps(),
+                self.generation.clone(),
+                self.options.network,
+            )?);
         }
         if learned && self.invalidation.is_none() {
             self.invalidation = Some(Invalidation::start(
@@ -265,7 +272,7 @@ impl EbpfDatapath {
             .sync(&mut self.programs, &self.pins, wanted, thorough);
         // Now that every SYN which takes the stack is seen.
         if let Some(own) = &self.own {
-            own.allow(wanted.node.flags & FAST_PATH_DIRECT != 0);
+            own.allow(Opening::of(&wanted.node));
         }
         if report.failures.is_empty() {
             self.pins.forget_other_layouts()?;

@@ -1,10 +1,11 @@
 //! Between the table of own connections and conntrack.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use flannel_ebpf::{
     layout::{ClassKey, FlowKey, OwnFlow},
     own,
+    reason::Reason,
     sighting::Way,
 };
 use tracing::{debug, warn};
@@ -13,7 +14,10 @@ use super::{
     handover::{self, Due, Extent, Timeouts},
     table::OwnTable,
 };
-use crate::datapath::conntrack_table::{ConntrackTable, Entry, TableError, status};
+use crate::datapath::{
+    conntrack_table::{ConntrackTable, Entry, TableError, status},
+    ebpf::epoch::Clock,
+};
 
 /// Both tables.
 pub(super) struct Exchange {
@@ -44,7 +48,33 @@ impl Exchange {
 
     /// How many connections have opened so far.
     pub(super) fn opened(&self) -> u64 {
-        self.table.opened()
+        self.table.count(Reason::OwnOpened)
+    }
+
+    /// How many SYNs have asked the stack for their class so far.
+    pub(super) fn asked(&self) -> u64 {
+        self.table.count(Reason::OwnProbe)
+    }
+
+    /// Forgets classes that nobody has used for so long; how many are left.
+    pub(super) fn forget_classes(&mut self, clock: &Clock, unused: Duration) -> u64 {
+        let (now, ticks) = (clock.now(), clock.ticks(unused));
+        let (mut old, mut used) = (Vec::new(), 0);
+        let read = self.table.scan_classes(|key, class| {
+            let age = now.wrapping_sub(class.syn_seen);
+            if age.cast_signed() > 0 && age > ticks {
+                old.push(*key);
+            } else {
+                used += 1;
+            }
+        });
+        if let Err(error) = read {
+            debug!(%error, "cannot read classes");
+        }
+        for key in &old {
+            self.table.delete_class(key);
+        }
+        used
     }
 
     pub(super) fn reach_conntrack(&mut self) -> Result<&mut ConntrackTable, TableError> {

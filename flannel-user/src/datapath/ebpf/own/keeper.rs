@@ -12,7 +12,11 @@ use std::{
 use tracing::{info, warn};
 
 use super::{
-    Command, LAST_PASSES, LAST_PAUSE, OwnState, exchange::Exchange, handover::Extent, ipsec,
+    Command, LAST_PASSES, LAST_PAUSE, Opening, OwnState,
+    exchange::Exchange,
+    handover::Extent,
+    ipsec,
+    rules::{Judgement, Rules},
     table::OwnTable,
 };
 use crate::datapath::ebpf::epoch::Generation;
@@ -27,6 +31,25 @@ const FEW: usize = 64;
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// How far it reaches.
 const REACH: Duration = Duration::from_secs(3);
+/// How long a class holds while few ask.
+const SHORTEST_VALIDITY: Duration = Duration::from_secs(1);
+/// The same, however many there are.
+const LONGEST_VALIDITY: Duration = Duration::from_secs(60);
+/// SYNs per second that may be spent on asking.
+const ASKING_BUDGET: f64 = 100.0;
+/// How long the answer to one may take.
+const PATIENCE: Duration = Duration::from_millis(250);
+/// How often unused classes are looked for.
+const SWEEP: Duration = Duration::from_secs(5);
+/// How long a class is unused before it is forgotten.
+const UNUSED: Duration = Duration::from_secs(300);
+
+/// The validity at which `rate` SYNs that ask per second become the budget; down by halves.
+fn adapted(now: Duration, rate: f64) -> Duration {
+    now.mul_f64(rate / ASKING_BUDGET)
+        .max(now / 2)
+        .clamp(SHORTEST_VALIDITY, LONGEST_VALIDITY)
+}
 
 /// Everything that the thread works with.
 pub(super) struct Keeper {
@@ -34,8 +57,15 @@ pub(super) struct Keeper {
     generation: Generation,
     received: Receiver<Command>,
     state: Arc<Mutex<OwnState>>,
-    is_allowed: bool,
-    /// When the heartbeat was renewed; `None` while none is due.
+    opening: Opening,
+    rules: Rules,
+    /// How long a class holds.
+    validity: Duration,
+    /// SYNs that had asked the stack at the last heartbeat.
+    asked: Option<u64>,
+    /// When unused classes were last forgotten.
+    swept: Instant,
+    /// When the heartbeat was renewed; `None`: it is due.
     beaten: Option<Instant>,
     looked: Instant,
     /// The counter at the last look.
@@ -51,13 +81,18 @@ impl Keeper {
         generation: Generation,
         received: Receiver<Command>,
         state: Arc<Mutex<OwnState>>,
+        rules: Rules,
     ) -> Self {
         Self {
             exchange: Exchange::new(table),
             generation,
             received,
             state,
-            is_allowed: false,
+            opening: Opening::None,
+            rules,
+            validity: SHORTEST_VALIDITY,
+            asked: None,
+            swept: Instant::now(),
             beaten: None,
             looked: Instant::now(),
             opened: None,
@@ -69,39 +104,48 @@ impl Keeper {
     pub(super) fn run(mut self) {
         // What an agent before us left opens no more before we say so.
         self.generation.open_own(None);
+        self.generation.set_class_validity(self.validity, PATIENCE);
         loop {
-            let period = if self.held > FEW { PERIOD } else { SLOW_PERIOD };
+            // Rules that make no event are looked for as often.
+            let is_urgent = self.held > FEW || self.opening == Opening::Classes;
+            let period = if is_urgent { PERIOD } else { SLOW_PERIOD };
             let wait = period.saturating_sub(self.looked.elapsed());
-            match self.received.recv_timeout(wait) {
-                Ok(Command::HandOver) => {
-                    self.beat();
-                    self.look(Wanted::Live);
-                }
-                Ok(Command::Allow(allowed)) => self.allow(allowed),
-                Ok(Command::End) | Err(RecvTimeoutError::Disconnected) => break,
+            let told = match self.received.recv_timeout(wait) {
+                Ok(told) => told,
                 Err(RecvTimeoutError::Timeout) => {
-                    if self
-                        .beaten
-                        .is_none_or(|beaten| beaten.elapsed() >= HEARTBEAT)
-                    {
-                        self.beat();
-                    }
-                    let opened = self.exchange.opened();
-                    if self.held != 0 || self.opened != Some(opened) {
-                        self.opened = Some(opened);
-                        self.look(Wanted::Due);
-                    } else {
-                        self.looked = Instant::now();
-                    }
+                    self.tick();
+                    continue;
                 }
+                Err(RecvTimeoutError::Disconnected) => Command::End,
+            };
+            match told {
+                Command::HandOver => {
+                    // First what was allowed before, then what may be allowed from now on.
+                    self.look_if_any(Wanted::Live);
+                    self.beat();
+                }
+                Command::Allow(opening) => self.allow(opening),
+                Command::End => break,
             }
         }
         self.end();
     }
 
+    /// Nothing has happened.
+    fn tick(&mut self) {
+        let is_due = self.is_beat_due();
+        if is_due || self.opening == Opening::Classes {
+            self.beat();
+        }
+        if is_due && self.opening == Opening::Classes {
+            self.adapt();
+        }
+        self.look_if_any(Wanted::Due);
+    }
+
     /// Nothing stays: whoever comes after us may not know how to carry it.
     fn end(&mut self) {
-        self.is_allowed = false;
+        self.opening = Opening::None;
         self.generation.open_own(None);
         for _ in 0..LAST_PASSES {
             thread::sleep(LAST_PAUSE);
@@ -116,43 +160,72 @@ impl Keeper {
         change(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    fn allow(&mut self, allowed: bool) {
-        if self.is_allowed == allowed {
+    fn allow(&mut self, opening: Opening) {
+        if self.opening == opening {
             return;
         }
-        self.is_allowed = allowed;
-        self.with_state(|state| state.wanted = allowed);
-        if allowed {
-            if let Err(error) = self.exchange.learn_translated() {
-                self.complain(Some(format!("conntrack cannot be read: {error}")));
-            }
-            self.beat();
-        } else {
+        let before = std::mem::replace(&mut self.opening, opening);
+        self.with_state(|state| {
+            state.wanted = opening != Opening::None;
+            state.by_class = opening == Opening::Classes;
+        });
+        if opening == Opening::None {
             self.generation.open_own(None);
             self.look(Wanted::Live);
+            return;
+        }
+        if before == Opening::None
+            && let Err(error) = self.exchange.learn_translated()
+        {
+            self.complain(Some(format!("conntrack cannot be read: {error}")));
+        }
+        self.beaten = None;
+        self.beat();
+    }
+
+    fn is_beat_due(&self) -> bool {
+        self.beaten
+            .is_none_or(|beaten| beaten.elapsed() >= HEARTBEAT)
+    }
+
+    /// What speaks against opening connections at present.
+    fn objection(&mut self) -> Option<String> {
+        let policies = ipsec::policies();
+        if policies > 0 {
+            return Some(format!(
+                "{policies} IPsec policies: only the stack can tell whom they concern"
+            ));
+        }
+        if let Err(error) = self.exchange.reach_conntrack() {
+            return Some(format!(
+                "connections could not be handed over to conntrack: {error}"
+            ));
+        }
+        if self.opening != Opening::Classes {
+            return None;
+        }
+        match self.rules.judge() {
+            Judgement::Fit => None,
+            Judgement::Unfit(reason) => Some(reason),
         }
     }
 
     /// Renews the heartbeat, unless something speaks against it.
     fn beat(&mut self) {
-        self.beaten = Some(Instant::now());
-        if !self.is_allowed {
+        if self.opening == Opening::None {
+            self.beaten = Some(Instant::now());
             return;
         }
-        let policies = ipsec::policies();
-        let paused = if policies > 0 {
-            Some(format!(
-                "{policies} IPsec policies: only the stack can tell whom they concern"
-            ))
-        } else {
-            self.exchange
-                .reach_conntrack()
-                .err()
-                .map(|error| format!("connections could not be handed over to conntrack: {error}"))
-        };
-        self.generation.open_own(paused.is_none().then_some(REACH));
+        let paused = self.objection();
         if paused.is_some() {
-            self.look(Wanted::Live);
+            self.generation.open_own(None);
+            self.beaten = Some(Instant::now());
+            if self.complained != paused {
+                self.look(Wanted::Live);
+            }
+        } else if self.complained.is_some() || self.is_beat_due() {
+            self.generation.open_own(Some(REACH));
+            self.beaten = Some(Instant::now());
         }
         self.complain(paused);
     }
@@ -165,6 +238,38 @@ impl Keeper {
             }
             self.complained.clone_from(&paused);
             self.with_state(|state| state.paused = paused);
+        }
+    }
+
+    /// Each class asks the stack once in its validity: that follows from how many ask.
+    fn adapt(&mut self) {
+        let asked = self.exchange.asked();
+        if let Some(before) = self.asked.replace(asked) {
+            let rate = asked.saturating_sub(before) as f64 / HEARTBEAT.as_secs_f64();
+            let validity = adapted(self.validity, rate);
+            if validity != self.validity {
+                self.validity = validity;
+                self.generation.set_class_validity(validity, PATIENCE);
+            }
+        }
+        if self.swept.elapsed() >= SWEEP {
+            self.swept = Instant::now();
+            let clock = self.generation.clock();
+            let classes = self.exchange.forget_classes(&clock, UNUSED);
+            self.with_state(|state| state.classes = classes);
+        }
+        let validity = self.validity.as_secs_f64();
+        self.with_state(|state| state.class_validity_seconds = validity);
+    }
+
+    /// Looks unless there is nothing to see.
+    fn look_if_any(&mut self, wanted: Wanted) {
+        let opened = self.exchange.opened();
+        let has_opened = self.opened.replace(opened) != Some(opened);
+        if has_opened || self.held != 0 {
+            self.look(wanted);
+        } else {
+            self.looked = Instant::now();
         }
     }
 
@@ -193,4 +298,19 @@ enum Wanted {
     Due,
     Live,
     All,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_validity_of_classes_follows_their_number() {
+        assert_eq!(adapted(SHORTEST_VALIDITY, 0.0), SHORTEST_VALIDITY);
+        // Fifty classes ask once a second.
+        assert_eq!(adapted(SHORTEST_VALIDITY, 50.0), SHORTEST_VALIDITY);
+        assert_eq!(adapted(SHORTEST_VALIDITY, 2_000.0), Duration::from_secs(20));
+        assert_eq!(adapted(LONGEST_VALIDITY, 10_000.0), LONGEST_VALIDITY);
+        assert_eq!(adapted(LONGEST_VALIDITY, 0.0), Duration::from_secs(30));
+    }
 }

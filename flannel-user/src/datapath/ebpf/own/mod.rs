@@ -15,6 +15,7 @@ mod exchange;
 mod handover;
 mod ipsec;
 mod keeper;
+mod rules;
 mod table;
 
 use std::{
@@ -27,9 +28,11 @@ use std::{
     time::Duration,
 };
 
+use flannel_ebpf::layout::{FAST_PATH_CLASSES, FAST_PATH_DIRECT, NodeConfig};
+use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
-use self::{exchange::Exchange, handover::Extent, keeper::Keeper, table::OwnTable};
+use self::{exchange::Exchange, handover::Extent, keeper::Keeper, rules::Rules, table::OwnTable};
 use super::{EbpfError, epoch::Generation};
 
 /// How often everything is handed over at the end: packets under way may still change entries.
@@ -56,10 +59,16 @@ pub(super) fn hand_over_all(maps: &Path) -> Result<(), EbpfError> {
 }
 
 /// How own connections fare.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct OwnState {
     /// May connections open at all?
     pub wanted: bool,
+    /// Only where the stack lets such connections pass?
+    pub by_class: bool,
+    /// Classes that are known.
+    pub classes: u64,
+    /// Seconds that a class holds at present until it asks the stack.
+    pub class_validity_seconds: f64,
     /// None opens at present, for this reason.
     pub paused: Option<String>,
     /// Live ones at the last look.
@@ -72,13 +81,38 @@ pub struct OwnState {
     pub refused: u64,
 }
 
+/// Which connections may open.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) enum Opening {
+    /// None.
+    #[default]
+    None,
+    /// All between pods.
+    Direct,
+    /// Those of a class that the stack lets pass.
+    Classes,
+}
+
+impl Opening {
+    /// What the node's config asks for.
+    pub(super) const fn of(node: &NodeConfig) -> Self {
+        if node.flags & FAST_PATH_DIRECT != 0 {
+            Self::Direct
+        } else if node.flags & FAST_PATH_CLASSES != 0 {
+            Self::Classes
+        } else {
+            Self::None
+        }
+    }
+}
+
 /// What the thread is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Command {
     /// Rules or ways have changed: live ones go to conntrack at once.
     HandOver,
-    /// Connections may open, or may not any more.
-    Allow(bool),
+    /// Which connections may open.
+    Allow(Opening),
     /// Everything goes to conntrack, and the thread ends.
     End,
 }
@@ -96,12 +130,22 @@ impl OwnFlows {
     ///
     /// # Errors
     /// A map could not be opened or the thread not started.
-    pub(super) fn start(maps: &Path, generation: Generation) -> Result<Self, EbpfError> {
+    pub(super) fn start(
+        maps: &Path,
+        generation: Generation,
+        network: Ipv4Net,
+    ) -> Result<Self, EbpfError> {
         let table = OwnTable::open(maps)?;
         let (commands, received) = mpsc::channel();
         let state = Arc::new(Mutex::new(OwnState::default()));
         generation.linger(handover::LINGER.saturating_sub(handover::LINGER_MARGIN));
-        let keeper = Keeper::new(table, generation, received, Arc::clone(&state));
+        let keeper = Keeper::new(
+            table,
+            generation,
+            received,
+            Arc::clone(&state),
+            Rules::of(network),
+        );
         let thread = thread::Builder::new()
             .name("own-flows".to_owned())
             .spawn(move || keeper.run())
@@ -114,9 +158,9 @@ impl OwnFlows {
     }
 
     /// Lets connections open, or no more.
-    pub(super) fn allow(&self, allowed: bool) {
+    pub(super) fn allow(&self, opening: Opening) {
         if let Some(commands) = &self.commands {
-            let _ = commands.send(Command::Allow(allowed));
+            let _ = commands.send(Command::Allow(opening));
         }
     }
 

@@ -8,7 +8,7 @@ use std::{
 
 use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray};
 use flannel_ebpf::{
-    layout::{COUNTERS, ClassKey, FlowKey, OWN, OwnFlow, TRANSLATED, Tally},
+    layout::{CLASSES, COUNTERS, Class, ClassKey, FlowKey, OWN, OwnFlow, TRANSLATED, Tally},
     reason::Reason,
 };
 
@@ -22,6 +22,8 @@ pub(super) struct OwnTable {
     flows: MapData,
     entries: HashMap<MapData, FlowKey, OwnFlow>,
     translated: HashMap<MapData, ClassKey, u32>,
+    class_data: MapData,
+    classes: HashMap<MapData, ClassKey, Class>,
     counters: PerCpuArray<MapData, Tally>,
 }
 
@@ -51,6 +53,10 @@ impl OwnTable {
             translated: Map::LruHashMap(open(TRANSLATED)?)
                 .try_into()
                 .map_err(failed(TRANSLATED))?,
+            class_data: open(CLASSES)?,
+            classes: Map::HashMap(open(CLASSES)?)
+                .try_into()
+                .map_err(failed(CLASSES))?,
             counters: pinned(maps, COUNTERS)?,
         })
     }
@@ -60,9 +66,19 @@ impl OwnTable {
         batch::for_each(&self.flows, &mut visit)
     }
 
-    /// How many connections have opened so far.
-    pub(super) fn opened(&self) -> u64 {
-        let per_cpu = self.counters.get(&Reason::OwnOpened.index(), 0);
+    /// Every class.
+    pub(super) fn scan_classes(&self, mut visit: impl FnMut(&ClassKey, &Class)) -> io::Result<()> {
+        batch::for_each(&self.class_data, &mut visit)
+    }
+
+    /// Forgets a class; that it is gone already is fine.
+    pub(super) fn delete_class(&mut self, key: &ClassKey) {
+        let _ = self.classes.remove(key);
+    }
+
+    /// How often that has happened so far.
+    pub(super) fn count(&self, reason: Reason) -> u64 {
+        let per_cpu = self.counters.get(&reason.index(), 0);
         per_cpu.map_or(0, |per_cpu| per_cpu.iter().map(|tally| tally.packets).sum())
     }
 
