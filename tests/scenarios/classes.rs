@@ -217,7 +217,7 @@ fn rules_that_no_class_can_stand_for_switch_classes_off() {
             ("spt", "-p tcp --sport 1:1000 -j DROP".to_owned()),
             (
                 "limit",
-                format!("-p tcp --dport {port} -m limit --limit 1000000/s -j ACCEPT"),
+                format!("-p tcp --dport {port} -m limit --limit 9000/s -j ACCEPT"),
             ),
             (
                 "connlimit",

@@ -252,9 +252,10 @@ pub(crate) fn to_pod(context: TcContext) -> i32 {
     let Some(node) = learning() else {
         return absorb(&context);
     };
-    // Everything else that a pod receives is none of the tunnel's.
+    // Everything else that a pod receives is none of the tunnel's; a copy goes no further even if
+    // the tunnel device was made anew meanwhile.
     if wire::ingress(&context) != node.tunnel {
-        return NEXT;
+        return absorb(&context);
     }
     let wire = Wire::new(&context);
     let len = wire.meta().len;

@@ -15,6 +15,8 @@ mod exchange;
 mod handover;
 mod ipsec;
 mod keeper;
+#[cfg(test)]
+mod property;
 mod rules;
 mod table;
 
