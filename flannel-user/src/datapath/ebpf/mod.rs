@@ -40,7 +40,7 @@ use self::{
     epoch::{Clock, Generation},
     flows::{FlowTables, Learned},
     invalidation::{Bypass, Invalidation},
-    own::{Opening, OwnFlows},
+    own::{ClassTable, Opening, OwnFlows},
     pins::PinDir,
     tables::MapTables,
 };
@@ -178,6 +178,7 @@ pub struct EbpfDatapath {
     attachments: Attachments,
     generation: Generation,
     flows: FlowTables,
+    classes: ClassTable,
     /// While ways are learned.
     invalidation: Option<Invalidation>,
     /// The same: what an agent before us opened is handed over even if nothing opens any more.
@@ -203,6 +204,7 @@ impl EbpfDatapath {
         let jiffies = programs.jiffies()?;
         let generation = Generation::open(&pins.maps(), jiffies, options.validity)?;
         let flows = FlowTables::open(&pins.maps(), options.flows)?;
+        let classes = ClassTable::open(&pins.maps())?;
         let attachments = Attachments::new(options.attach, options.vni);
         Ok(Self {
             programs,
@@ -210,6 +212,7 @@ impl EbpfDatapath {
             attachments,
             generation,
             flows,
+            classes,
             invalidation: None,
             own: None,
             is_emptied: false,
@@ -329,6 +332,15 @@ impl EbpfDatapath {
         } = self
             .flows
             .read(filter, epoch, || programs.jiffies().map(Clock::new))?;
+        let own = self.own.as_ref().map(OwnFlows::state).unwrap_or_default();
+        let mut classes = self.classes.read(
+            |row| row.is_taken(filter),
+            |address| self.tables.remote(address),
+            &epoch,
+            &Clock::new(programs.jiffies()?),
+        )?;
+        classes.sort_by_key(|row| std::cmp::Reverse(row.opened));
+        classes.truncate(filter.limit.unwrap_or(usize::MAX));
         Ok(Some(Flows {
             table_out,
             table_in,
@@ -336,6 +348,8 @@ impl EbpfDatapath {
             tcp_held: bypass.tcp_held,
             matching: flows.len(),
             flows: filter.shown(flows),
+            classes,
+            classes_off: own.paused.filter(|_| own.by_class),
         }))
     }
 
@@ -359,6 +373,7 @@ impl EbpfDatapath {
             attachments,
             generation,
             flows,
+            classes,
             invalidation,
             own,
             is_emptied: _,
@@ -372,7 +387,7 @@ impl EbpfDatapath {
         generation.allow(false, false);
         drop(invalidation);
         attachments.detach_all(&pins);
-        drop((programs, tables, flows));
+        drop((programs, tables, flows, classes));
         pins.remove_all()
     }
 

@@ -15,6 +15,7 @@ mod exchange;
 mod handover;
 mod ipsec;
 mod keeper;
+mod listing;
 #[cfg(test)]
 mod property;
 mod rules;
@@ -34,6 +35,7 @@ use flannel_ebpf::layout::{FAST_PATH_CLASSES, FAST_PATH_DIRECT, NodeConfig};
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
+pub(super) use self::listing::ClassTable;
 use self::{exchange::Exchange, handover::Extent, keeper::Keeper, rules::Rules, table::OwnTable};
 use super::{EbpfError, epoch::Generation};
 

@@ -13,6 +13,8 @@ const UNREAD: Duration = Duration::from_millis(100);
 pub(super) struct Rules {
     network: Ipv4Net,
     watcher: Option<Watcher>,
+    /// They have changed too often lately to be read at once.
+    is_behind: bool,
 }
 
 /// What they say.
@@ -30,6 +32,7 @@ impl Rules {
         Self {
             network,
             watcher: None,
+            is_behind: false,
         }
     }
 
@@ -42,8 +45,13 @@ impl Rules {
                 Err(error) => return unread(&error),
             },
         };
-        match watcher.look() {
-            Ok(Look::Wait(wait)) if wait > UNREAD => {
+        let look = watcher.look();
+        self.is_behind = match look {
+            Ok(Look::Wait(wait)) => self.is_behind || wait > UNREAD,
+            _ => false,
+        };
+        match look {
+            Ok(_) if self.is_behind => {
                 Judgement::Unfit("the rules change faster than they can be read".to_owned())
             }
             Ok(_) => match watcher.findings() {
