@@ -6,15 +6,23 @@
 //! ever. Now and then a newcomer gets the place all the same: a flow that never
 //! gets a verdict does not block it.
 
-use crate::layout::{Candidate, Epoch};
+use crate::{
+    header,
+    layout::{Candidate, Epoch},
+};
 
 /// Sightings with the same outcome in a row that make a verdict: a flow of two packets never pays
 /// for an entry.
 pub const NEEDED: u8 = 3;
 
-/// Packets of a TCP flow, beside opening and closing ones, before it is worth notes. A connection
-/// for one request and its answer has four: it pays for a look into this table and no more.
-pub const STRANGER: u8 = 4;
+/// Packets of a flow, beside TCP's opening and closing ones, before it is worth notes. A connection
+/// for one request and its answer has four, a UDP question one: those pay for a look into this
+/// table and no more.
+#[inline(always)]
+#[must_use]
+pub const fn strange(protocol: u8) -> u8 {
+    if protocol == header::TCP { 4 } else { 1 }
+}
 
 /// How long a place is kept for somebody who does not show up, in jiffies.
 #[inline(always)]

@@ -7,6 +7,7 @@
 mod firewall;
 mod peers;
 mod republish;
+mod signals;
 
 use std::{
     path::{Path, PathBuf},
@@ -16,13 +17,10 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use ipnet::Ipv4Net;
-use tokio::{
-    signal::unix::{SignalKind, signal},
-    sync::{mpsc, oneshot, watch},
-};
+use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{error, info, warn};
 
-use self::republish::Announced;
+use self::{republish::Announced, signals::Signals};
 use crate::{
     backend::{alloc, vxlan},
     control::{self, Answer, Call},
@@ -96,12 +94,13 @@ pub struct Options {
 /// The start failed; what was done until then stays (device, lease), so that a
 /// restart goes on from there.
 pub async fn run(options: Options) -> anyhow::Result<()> {
-    let mut interrupt = signal(SignalKind::interrupt()).context("handle SIGINT")?;
-    let mut terminate = signal(SignalKind::terminate()).context("handle SIGTERM")?;
+    let mut signals = Signals::listen()?;
     tokio::select! {
         result = serve(options) => result,
-        _ = interrupt.recv() => { info!("interrupted; the datapath stays"); Ok(()) }
-        _ = terminate.recv() => { info!("told to stop; the datapath stays"); Ok(()) }
+        name = signals.first() => {
+            info!(signal = name, "told to stop; the datapath stays");
+            Ok(())
+        }
     }
 }
 
@@ -209,11 +208,12 @@ async fn start(options: &Options, phase: &Phase) -> anyhow::Result<Started> {
         address: None,
         network: network.network,
     };
-    // Listening starts before the first look at the kernel, so nothing falls in between.
-    let events =
-        kernel_events::listen(reconcile::is_relevant).context("listen for kernel events")?;
     let rtnl = Rtnl::open().context("open a netlink socket")?;
     let mut netlink = NetlinkDatapath::open().context("open a netlink socket")?;
+    // Listening starts before the first look at the kernel, so nothing falls in between.
+    let own = netlink.port();
+    let events = kernel_events::listen(move |event| reconcile::is_relevant(event, own));
+    let events = events.context("listen for kernel events")?;
     let device = netlink.ensure_device(&spec).await?;
     info!(device = device.name, mac = %device.mac, mtu = device.mtu, created = device.created, "tunnel device");
 
@@ -283,6 +283,7 @@ async fn forward(
         ebpf,
         options.datapath,
         options.control_socket.with_extension("mode"),
+        setup.network,
     );
     if !switch.wants_ebpf() {
         switch.clear();

@@ -16,7 +16,7 @@ use std::{sync::Arc, time::Duration};
 use ipnet::Ipv4Net;
 use tokio::{
     sync::{mpsc, oneshot, watch},
-    time::{Instant, MissedTickBehavior},
+    time::Instant,
 };
 use tracing::{info, warn};
 
@@ -51,6 +51,10 @@ pub use self::uplink::Told;
 
 /// Everything is looked at again this often even when nothing happens.
 const SLOW_CHECK: Duration = Duration::from_secs(10);
+/// With this many peers less often: looking takes tenths of a second, and news has to wait.
+const MANY_PEERS: usize = 2000;
+/// Then it may take one part in so many of the time.
+const CHECKS_SHARE: u32 = 200;
 /// Kernel events come in bursts; the loop lets one settle for this long.
 const BURST: Duration = Duration::from_millis(10);
 
@@ -164,15 +168,15 @@ impl Reconciler {
         let Inputs {
             mut peers,
             mut uplink,
-            mut events,
+            events,
             mut calls,
             ready,
             health,
         } = inputs;
         let mut ready = Some(ready);
         self.switch.prepare();
-        let mut tick = tokio::time::interval_at(Instant::now() + SLOW_CHECK, SLOW_CHECK);
-        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut events = Some(events);
+        let mut next_check = Instant::now() + SLOW_CHECK;
         loop {
             health.beat();
             let mut dirty = Dirty::default();
@@ -193,30 +197,40 @@ impl Reconciler {
                 Ok(()) = uplink.changed() => {
                     dirty = self.take_up(uplink.borrow_and_update().clone());
                 }
-                event = events.recv() => match event {
+                event = next(&mut events) => match event {
                     Some(event) => {
                         dirty = self.affected(&event);
                         if dirty.any() {
                             tokio::time::sleep(BURST).await;
                         }
-                        while let Ok(event) = events.try_recv() {
+                        while let Some(Ok(event)) = events.as_mut().map(|events| events.try_recv()) {
                             dirty = dirty.and(self.affected(&event));
                         }
                     }
                     None => {
                         warn!("kernel events ended: relying on the slow check");
-                        events = mpsc::channel(1).1;
-                        std::future::pending::<()>().await;
+                        events = None;
                     }
                 },
-                _ = tick.tick() => {
+                () = tokio::time::sleep_until(next_check) => {
                     self.ways.routes_changed();
                     dirty = Dirty { thorough: true, ..Dirty::ALL };
                 }
             }
             self.seeded |= self.in_sync;
+            if dirty.thorough && !self.seeded {
+                next_check = Instant::now() + SLOW_CHECK;
+            }
             if dirty.any() && self.seeded {
+                let begun = Instant::now();
                 self.pass(dirty).await;
+                if dirty.thorough {
+                    let fair = match self.table.0.len() {
+                        MANY_PEERS.. => begun.elapsed() * CHECKS_SHARE,
+                        _ => SLOW_CHECK,
+                    };
+                    next_check = Instant::now() + fair.max(SLOW_CHECK);
+                }
                 if let Some(ready) = ready.take() {
                     let _ = ready.send(());
                 }
@@ -374,5 +388,13 @@ impl Reconciler {
                 Answer::from(self.status())
             }
         }
+    }
+}
+
+/// The next event; never, once there are none any more.
+async fn next(events: &mut Option<mpsc::Receiver<KernelEvent>>) -> Option<KernelEvent> {
+    match events {
+        Some(events) => events.recv().await,
+        None => std::future::pending().await,
     }
 }

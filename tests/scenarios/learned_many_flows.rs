@@ -9,31 +9,32 @@ use lab::{
     traffic::request_response::Protocol,
 };
 
+/// Turns of a flow until its verdict, at most: places in the tables are taken at times.
+const FIRST_TURNS: f64 = 12.0;
+
 /// As many questions under way as the flows allow, but never more than the
 /// kernel's queues hold. How fast that is, second by second, beside the kernel
 /// path, is a measure of `cargo xtask bench`.
 fn all_answered_and_bypassed(protocol: Protocol) {
     learned(|kube| {
-        for flows in [16, 256, 4096] {
+        for flows in [16_u32, 256, 4096] {
             let window = flows.min(256);
             let seconds = repetitions(2, 8);
             let arguments = format!("--flows {flows} --window {window} --seconds {seconds}");
-            let run = || -> Result<()> {
-                let report = kube.many_flows(Via::Service, protocol, &arguments, None)?;
-                println!(
-                    "{protocol:?} {flows} flows: {:.0}/s, worst second {:.0}, longest {:.0} ms",
-                    report.per_second(),
-                    report.worst_second(),
-                    report.longest_ms
-                );
-                report.check()
-            };
-            let described = || format!("{flows} {protocol:?} flows");
             let before = kube.taken()?;
-            run().with_context(described)?;
-            // The first rounds of each flow are on the kernel path, the rest is not.
-            let share = if flows > 1000 { 0.2 } else { 0.75 };
-            kube.expect_bypassed(&before, share)
+            let report = kube.many_flows(Via::Service, protocol, &arguments, None)?;
+            println!(
+                "{protocol:?} {flows} flows: {:.0}/s, worst second {:.0}, longest {:.0} ms",
+                report.per_second(),
+                report.worst_second(),
+                report.longest_ms
+            );
+            let described = || format!("{flows} {protocol:?} flows");
+            report.check().with_context(described)?;
+            // Each flow's first turns are on the kernel path; on a slow machine that is most.
+            let turns = report.transactions as f64 / f64::from(flows);
+            let share = 0.8 * (1.0 - FIRST_TURNS / turns);
+            kube.expect_bypassed(&before, share.max(0.0))
                 .with_context(described)?;
         }
         Ok(())

@@ -4,8 +4,9 @@
 use anyhow::{Context, Result, ensure};
 use lab::{
     exchange::{self, ECHO_PORT},
-    kube::{Kube, Via, learned, pause},
+    kube::{Kube, Side, Via, learned, pause},
     pod::Pod,
+    scenario::scenario,
     task::Task,
     traffic::{queue::QueueReport, stream::Half},
 };
@@ -185,5 +186,34 @@ fn a_program_behind_nfqueue_sees_every_packet() {
         let (report, _) = kube.ping(Via::Pod, "--rate 1000 --count 50")?.result()?;
         ensure!(report.received == 0, "{report:?}");
         Ok(())
+    });
+}
+
+#[test]
+fn what_an_operator_excludes_is_never_bypassed() {
+    scenario(2, |lab| {
+        let options = Side::Learned
+            .options()
+            .argument(&format!("--fast-path-exclude=port:{ECHO_PORT}"))
+            .argument("--fast-path-exclude=198.51.100.0/24");
+        let kube = Kube::start_with(lab, Side::Learned, &options)?;
+        for via in Via::BOTH {
+            let before = kube.taken()?;
+            let reports = kube.ping(via, "--rate 1000 --count 500")?.result()?;
+            exchange::check_nothing_lost(&reports)?;
+            for (now, before) in kube.taken()?.into_iter().zip(before) {
+                let since = now.since(before);
+                ensure!(
+                    since.encapsulated + since.decapsulated == 0,
+                    "{via:?}: an excluded port was bypassed: {since}"
+                );
+            }
+        }
+        // Everything else is as fast as ever.
+        let before = kube.taken()?;
+        kube.stream(Via::Service, "--direction both --seconds 1")?
+            .result()?
+            .check(1_000_000)?;
+        kube.expect_bypassed(&before, 0.8)
     });
 }

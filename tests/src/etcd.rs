@@ -81,6 +81,15 @@ impl Etcd {
         puts.chunks(BATCH).try_for_each(|batch| self.put(batch))
     }
 
+    /// Removes a lease by the name of its key.
+    ///
+    /// # Errors
+    /// When etcd refuses.
+    pub fn remove_lease(&self, name: &str) -> Result<()> {
+        let key = base64(format!("{PREFIX}/subnets/{name}").as_bytes());
+        self.transact(&[json!({"requestDeleteRange": {"key": key}})])
+    }
+
     fn put(&self, pairs: &[(String, String)]) -> Result<()> {
         let puts: Vec<Value> = pairs
             .iter()
@@ -91,7 +100,11 @@ impl Etcd {
                 }})
             })
             .collect();
-        let body = json!({"success": puts}).to_string();
+        self.transact(&puts)
+    }
+
+    fn transact(&self, operations: &[Value]) -> Result<()> {
+        let body = json!({"success": operations}).to_string();
         let request = format!(
             "POST /v3/kv/txn HTTP/1.0\r\nHost: etcd\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
             body.len()

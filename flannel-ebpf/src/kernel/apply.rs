@@ -195,10 +195,11 @@ fn translate(
 /// One more packet that bypassed the stack.
 #[inline(always)]
 fn tally(verdict: &Verdict) {
-    // SAFETY: a map's value. Two CPUs at once may lose a count, which nothing depends on.
+    // SAFETY: a map's value. Two CPUs at once may lose a count, which nothing depends on. Volatile,
+    // because others change the value as well: the reference alone would say nobody does.
     unsafe {
         let packets = (&raw const verdict.packets).cast_mut();
-        packets.write(packets.read().wrapping_add(1));
+        packets.write_volatile(packets.read_volatile().wrapping_add(1));
     }
 }
 
@@ -253,11 +254,11 @@ pub(super) fn send_learned(context: &TcContext, entry: &OutFlow, packet: &Packet
 /// A packet of the flow is on its way to ask the stack.
 #[inline(always)]
 pub(super) fn asked(verdict: &Verdict) {
-    // SAFETY: a map's value; whichever CPU asks last is fine.
+    // SAFETY: a map's value; whichever CPU asks last is fine. Volatile as in `tally`.
     unsafe {
         (&raw const verdict.probed)
             .cast_mut()
-            .write(maps::jiffies());
+            .write_volatile(maps::jiffies());
     }
 }
 

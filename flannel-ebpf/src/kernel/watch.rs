@@ -6,7 +6,7 @@ use flannel_ebpf::{
     candidate, encap,
     frame::Frame as _,
     hash,
-    header::{self, Ethernet},
+    header::Ethernet,
     layout::{
         Candidate, FAST_PATH_CLASSES, FlowKey, NodeConfig, Note, TEMPLATE_LEN, Trail, Verdict,
     },
@@ -74,12 +74,8 @@ pub(super) fn note(
 /// Has a flow without verdict shown enough packets to be worth notes?
 #[inline(always)]
 pub(super) fn is_met(packet: &Packet, node: &NodeConfig, way: Way) -> bool {
-    // A new UDP flow may be one of thousands in turn: it is learned from its first packets on.
-    if packet.key.protocol != header::TCP {
-        return true;
-    }
     let seen = times(way, hash::flow(&packet.key, node.seed), 0);
-    seen.is_some_and(|(_, times)| times > candidate::STRANGER)
+    seen.is_some_and(|(_, times)| times > candidate::strange(packet.key.protocol))
 }
 
 /// How often the same was seen, this time included; `None` while others have its place.

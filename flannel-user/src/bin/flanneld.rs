@@ -1,6 +1,6 @@
 //! `flanneld`: the agent of one node.
 
-use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode, sync::Arc};
+use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use flannel_ebpf::layout::LAYOUT_VERSION;
 use flannel_user::{
@@ -35,6 +35,9 @@ fn main() -> ExitCode {
         }
     }
 }
+
+/// How long work under way in other threads may delay the end.
+const LONGEST_END: Duration = Duration::from_secs(1);
 
 fn run(flags: &Flags) -> anyhow::Result<()> {
     let source: Arc<dyn LeaseSource> = match &flags.lease_dir {
@@ -80,10 +83,13 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
         "flanneld starts"
     );
     // One thread: the work is small and comes in bursts, memory is counted per node.
-    tokio::runtime::Builder::new_current_thread()
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .build()?
-        .block_on(agent::run(options))
+        .build()?;
+    let outcome = runtime.block_on(agent::run(options));
+    // A file system that hangs must not keep the agent from ending.
+    runtime.shutdown_timeout(LONGEST_END);
+    outcome
 }
 
 fn layout_version() -> u32 {

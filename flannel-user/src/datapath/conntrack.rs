@@ -85,10 +85,13 @@ pub struct Conntrack {
     memory: PathBuf,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Default, Serialize, Deserialize)]
 struct Memory {
     /// What was there before us.
     found: Settings,
+    /// What we made of it.
+    #[serde(default)]
+    written: Settings,
 }
 
 impl Conntrack {
@@ -127,20 +130,21 @@ impl Conntrack {
         Ok(())
     }
 
-    fn remembered(&self) -> Settings {
+    fn remembered(&self) -> Memory {
         let text = fs::read_to_string(&self.memory).unwrap_or_default();
-        serde_json::from_str(&text).map_or_else(|_| Settings::new(), |memory: Memory| memory.found)
+        serde_json::from_str(&text).unwrap_or_default()
     }
 
     /// Remembers what is about to be overwritten; what is remembered already was there before us.
     fn remember(&self, found: &Settings, overwritten: &Settings) -> io::Result<()> {
         let mut memory = self.remembered();
-        for name in overwritten.keys() {
+        for (name, ours) in overwritten {
             if let Some(value) = found.get(name) {
-                memory.entry(name.clone()).or_insert(*value);
+                memory.found.entry(name.clone()).or_insert(*value);
+                memory.written.insert(name.clone(), *ours);
             }
         }
-        let text = serde_json::to_string(&Memory { found: memory })?;
+        let text = serde_json::to_string(&memory)?;
         replace_file(&self.memory, &text)
     }
 
@@ -184,31 +188,37 @@ impl Conntrack {
     /// Is there something to put back?
     #[must_use]
     pub fn is_changed(&self) -> bool {
-        !self.remembered().is_empty()
+        !self.remembered().found.is_empty()
     }
 
-    /// Puts back what was found, except where somebody has changed our value since.
-    pub fn restore(&self) {
+    /// Puts back what was found, except where somebody has changed our value since. False if that
+    /// failed; the record stays then.
+    pub fn restore(&self) -> bool {
         let before = self.remembered();
-        if before.is_empty() {
-            return;
+        if before.found.is_empty() {
+            return true;
         }
         let now = self.read();
         let ours: Settings = before
+            .found
             .iter()
-            .filter(|(name, _)| now.get(*name) == ours(&now, name).as_ref())
+            .filter(|(name, _)| {
+                let written = before.written.get(*name).copied();
+                now.get(*name) == written.or_else(|| ours(&now, name)).as_ref()
+            })
             .map(|(name, value)| (name.clone(), *value))
             .collect();
-        match self.write(&ours) {
-            Ok(()) => {
-                info!(
-                    settings = describe(&ours),
-                    "conntrack's settings are as they were"
-                );
-                let _ = fs::remove_file(&self.memory);
-            }
+        let outcome = self
+            .write(&ours)
+            .and_then(|()| fs::remove_file(&self.memory));
+        match outcome {
+            Ok(()) => info!(
+                settings = describe(&ours),
+                "conntrack's settings are as they were"
+            ),
             Err(error) => warn!(%error, "cannot put conntrack's settings back"),
         }
+        self.remembered().found.is_empty()
     }
 
     /// Seconds after which conntrack forgets a UDP flow that nothing answered.
@@ -218,7 +228,7 @@ impl Conntrack {
     }
 }
 
-/// The value that we have given a setting.
+/// The value that we give a setting: for records that do not hold it.
 fn ours(now: &Settings, name: &str) -> Option<u64> {
     match name {
         LIBERAL | IGNORE_RST => Some(1),
@@ -301,7 +311,7 @@ mod tests {
         assert!(conntrack.is_changed());
         // A second agent prepares again: the memory stays that of the beginning.
         assert_eq!(conntrack.prepare(), Standing::Fit);
-        conntrack.restore();
+        assert!(conntrack.restore());
         assert_eq!(conntrack.read(), defaults());
         assert!(!conntrack.is_changed());
     }
@@ -313,9 +323,31 @@ mod tests {
         conntrack
             .write(&settings(&[(UNACKNOWLEDGED, 77)]))
             .expect("written");
-        conntrack.restore();
+        assert!(conntrack.restore());
         assert_eq!(conntrack.read().get(UNACKNOWLEDGED), Some(&77));
         assert_eq!(conntrack.read().get(LIBERAL), Some(&0));
+    }
+
+    #[test]
+    fn another_timeout_of_established_connections_does_not_hide_what_is_ours() {
+        let (_directory, conntrack) = in_directory(&defaults());
+        assert_eq!(conntrack.prepare(), Standing::Fit);
+        conntrack
+            .write(&settings(&[(ESTABLISHED, 86_400)]))
+            .expect("written");
+        assert!(conntrack.restore());
+        assert_eq!(conntrack.read().get(UNACKNOWLEDGED), Some(&300));
+    }
+
+    #[test]
+    fn a_record_of_an_earlier_version_is_understood() {
+        let (_directory, conntrack) = in_directory(&defaults());
+        assert_eq!(conntrack.prepare(), Standing::Fit);
+        let found = conntrack.remembered().found;
+        let text = serde_json::json!({ "found": found }).to_string();
+        fs::write(&conntrack.memory, text).expect("written");
+        assert!(conntrack.restore());
+        assert_eq!(conntrack.read(), defaults());
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The two datapaths: the kernel's own, always complete, and eBPF above it.
 
 pub mod conntrack;
+pub mod conntrack_restore;
 pub mod conntrack_table;
 pub mod ebpf;
 pub mod exclusion;

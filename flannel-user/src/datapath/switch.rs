@@ -11,10 +11,16 @@ use std::{
     time::{Duration, Instant},
 };
 
+use flannel_ebpf::layout::FAST_PATH_LEARNED;
+use ipnet::Ipv4Net;
 use tracing::{debug, error, info, warn};
 
-use super::ebpf::{EbpfDatapath, EbpfError, EbpfOptions, SyncReport, Wanted};
-use crate::observe::status::Mode;
+use super::{
+    conntrack::Conntrack,
+    conntrack_restore::{Plan, Restorer},
+    ebpf::{EbpfDatapath, EbpfError, EbpfOptions, SyncReport, Wanted},
+};
+use crate::observe::status::{KeptSettings, Mode};
 
 /// Pause between attempts after eBPF failed.
 const RETRY: Duration = Duration::from_secs(60);
@@ -60,13 +66,17 @@ pub struct Switch {
     failed: Option<Instant>,
     /// Attachments that failed, to say each once.
     said: Vec<String>,
+    /// Addresses of all pods.
+    pods: Ipv4Net,
+    /// While nothing bypasses conntrack, and what had changed its settings.
+    restorer: Option<Restorer>,
 }
 
 impl Switch {
     /// A switch that has touched nothing yet. `flag` is `--datapath`, `memory`
-    /// the file that remembers an operator's choice.
+    /// the file that remembers an operator's choice, `pods` the addresses of all pods.
     #[must_use]
-    pub fn new(options: EbpfOptions, flag: Preference, memory: PathBuf) -> Self {
+    pub fn new(options: EbpfOptions, flag: Preference, memory: PathBuf, pods: Ipv4Net) -> Self {
         let (preference, reason) = match remembered(&memory, flag) {
             Some(chosen) => (chosen, format!("an operator chose {}", chosen.word())),
             None => (flag, format!("--datapath {}", flag.word())),
@@ -81,6 +91,8 @@ impl Switch {
             reason,
             failed: None,
             said: Vec::new(),
+            pods,
+            restorer: None,
         }
     }
 
@@ -139,6 +151,12 @@ impl Switch {
     /// Brings the programs in line: on, filled and attached. False if they are off instead,
     /// without a trace.
     pub fn apply(&mut self, wanted: &Wanted, thorough: bool) -> bool {
+        let is_on = self.turn_on(wanted, thorough);
+        self.restore_conntrack();
+        is_on
+    }
+
+    fn turn_on(&mut self, wanted: &Wanted, thorough: bool) -> bool {
         let fresh = self.ebpf.is_none();
         let outcome = match self.ebpf.take() {
             Some(open) => Ok(open),
@@ -147,7 +165,12 @@ impl Switch {
                 loaded.unwrap_or_else(|| EbpfDatapath::open(&self.options))
             }
         };
+        let restorer = &mut self.restorer;
         let outcome = outcome.and_then(|mut ebpf| {
+            if wanted.node.flags & FAST_PATH_LEARNED != 0 {
+                // Flows are about to bypass conntrack.
+                *restorer = None;
+            }
             let report = ebpf.sync(wanted, thorough)?;
             Ok((ebpf, report))
         });
@@ -219,6 +242,27 @@ impl Switch {
                 ),
             }
         }
+        self.restore_conntrack();
+    }
+
+    /// Where nothing bypasses conntrack any more, its settings go back when they can.
+    fn restore_conntrack(&mut self) {
+        let bypasses = self.ebpf().is_some_and(|ebpf| ebpf.bypass().is_some());
+        if bypasses {
+            self.restorer = None;
+        } else if self.restorer.is_none() {
+            self.restorer = Restorer::start(Plan {
+                conntrack: Conntrack::new(self.options.conntrack_memory.clone()),
+                pods: self.pods,
+                bpf_dir: self.options.bpf_dir.clone(),
+            });
+        }
+    }
+
+    /// Why conntrack's settings are still ours although nothing bypasses it.
+    #[must_use]
+    pub fn kept_settings(&self) -> Option<KeptSettings> {
+        self.restorer.as_ref().and_then(Restorer::kept)
     }
 
     /// Removes what an earlier agent left attached; for starts in netlink mode.

@@ -37,6 +37,9 @@ pub struct Status {
     /// How the bypass of learned flows fares; `None` where nothing is learned.
     #[serde(default)]
     pub bypass: Option<BypassStatus>,
+    /// Nothing bypasses conntrack any more, and its settings still are those for a bypass.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub conntrack_kept: Option<KeptSettings>,
     /// This node.
     pub node: NodeStatus,
     /// The lease source.
@@ -163,6 +166,16 @@ pub struct BypassStatus {
     /// Connections that bypass from their SYN on.
     #[serde(default)]
     pub own: Option<OwnState>,
+}
+
+/// Settings of conntrack that stay until no flow that bypassed it can live.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptSettings {
+    /// Connections that may have bypassed it; 0 as long as they are not counted.
+    pub flows: usize,
+    /// Why they cannot be counted or the settings not be restored, if so.
+    #[serde(default)]
+    pub fault: Option<String>,
 }
 
 /// What a fast path means, in a sentence.

@@ -31,6 +31,15 @@ pub fn render(status: &Status, all_counters: bool) -> Result<String, fmt::Error>
     if let Some(bypass) = &status.bypass {
         render_bypass(&mut out, bypass)?;
     }
+    if let Some(kept) = &status.conntrack_kept {
+        let fault = kept.fault.as_deref();
+        writeln!(
+            out,
+            "conntrack  settings kept for {} flows that may have bypassed it{}",
+            kept.flows,
+            fault.map_or_else(String::new, |fault| format!("; WARNING: {fault}"))
+        )?;
+    }
     let node = &status.node;
     writeln!(
         out,
@@ -212,7 +221,7 @@ fn lease_end(expires: Option<u64>) -> String {
 mod tests {
     use super::*;
     use crate::observe::status::{
-        KernelStatus, NodeStatus, PeerStatus, SourceStatus, fast_path_text,
+        KeptSettings, KernelStatus, NodeStatus, PeerStatus, SourceStatus, fast_path_text,
     };
 
     fn status() -> Status {
@@ -224,6 +233,7 @@ mod tests {
             fast_path: FastPath::Direct,
             fast_path_text: fast_path_text(FastPath::Direct).to_owned(),
             bypass: None,
+            conntrack_kept: None,
             node: NodeStatus {
                 subnet: "10.1.1.0/24".parse().expect("subnet"),
                 network: "10.1.0.0/16".parse().expect("network"),
@@ -276,6 +286,21 @@ mod tests {
         assert!(text.contains("fast path  direct ("), "{text}");
         assert!(text.contains("BLIND TO POLICIES"), "{text}");
         assert!(!text.contains("bypass  "), "nothing is learned: {text}");
+    }
+
+    #[test]
+    fn kept_settings_say_for_how_many_flows() {
+        let kept = KeptSettings {
+            flows: 7,
+            fault: Some("no answer".to_owned()),
+        };
+        let status = Status {
+            conntrack_kept: Some(kept),
+            ..status()
+        };
+        let text = render(&status, false).expect("rendered");
+        let expected = "settings kept for 7 flows that may have bypassed it; WARNING: no answer\n";
+        assert!(text.contains(expected), "{text}");
     }
 
     #[test]

@@ -92,6 +92,7 @@ impl Reconciler {
             fast_path: self.setup.fast_path,
             fast_path_text: fast_path_text(self.setup.fast_path).to_owned(),
             bypass: bypass.flatten(),
+            conntrack_kept: self.switch.kept_settings(),
             node: NodeStatus {
                 subnet: self.setup.subnet,
                 network: self.setup.network,

@@ -132,8 +132,8 @@ fn spread(summary: &Summary) -> String {
 }
 
 fn programs(all: &[ProgramCost]) -> String {
-    let mut text = "| side | program | instructions | machine code | verifier's steps | under `tcp_rr`: ns a run × runs a transaction | under `tcp_crr` | ns, single runs |\n\
-                    |---|---|---:|---:|---:|---:|---:|---:|\n"
+    let mut text = "| side | program | instructions | machine code | verifier's steps | under `tcp_rr`: ns a run × runs a transaction | under `tcp_crr` | under `first_packet` | ns, single runs |\n\
+                    |---|---|---:|---:|---:|---:|---:|---:|---:|\n"
         .to_owned();
     for one in all {
         let load = |measure: &str| {
@@ -144,7 +144,7 @@ fn programs(all: &[ProgramCost]) -> String {
         };
         writeln!(
             text,
-            "| {} | `{}` | {} | {} B | {} | {} | {} | {} |",
+            "| {} | `{}` | {} | {} B | {} | {} | {} | {} | {} |",
             one.side,
             one.program,
             one.instructions,
@@ -152,6 +152,7 @@ fn programs(all: &[ProgramCost]) -> String {
             one.verified,
             load("tcp_rr"),
             load("tcp_crr"),
+            load("first_packet"),
             one.test_run_ns.as_ref().map_or(String::new(), spread)
         )
         .expect("a string takes everything");

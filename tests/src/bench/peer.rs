@@ -8,7 +8,7 @@ use super::side;
 use crate::{
     agent::{Agent, AgentOptions},
     etcd::Etcd,
-    lab::{DEFAULT_CONFIG, Lab},
+    lab::Lab,
     node::{SUBNET_FILE, TUNNEL},
     wait,
 };
@@ -22,11 +22,15 @@ pub struct Registry(#[expect(dead_code, reason = "kept alive")] Etcd);
 ///
 /// # Errors
 /// When it does not make its way to the other nodes in time; with its log.
-pub fn start_everywhere(lab: &Lab, program: &Path) -> Result<(Vec<Agent>, Option<Registry>)> {
+pub fn start_everywhere(
+    lab: &Lab,
+    program: &Path,
+    config: &str,
+) -> Result<(Vec<Agent>, Option<Registry>)> {
     if side::help_of(program)?.contains("lease-dir") {
         return Ok((launch(lab, &options(program))?, None));
     }
-    let etcd = Etcd::start(lab, DEFAULT_CONFIG)?;
+    let etcd = Etcd::start(lab, config)?;
     let agents = start_with_etcd(lab, program, &etcd)?;
     Ok((agents, Some(Registry(etcd))))
 }

@@ -18,7 +18,7 @@ use super::{
 use crate::{
     agent::{Agent, AgentOptions},
     cluster,
-    lab::{DEFAULT_CONFIG, Lab},
+    lab::Lab,
     namespace::{Kind, Namespace},
     node::{Node, TUNNEL, UPLINK},
     paths::{self, Taken},
@@ -27,6 +27,8 @@ use crate::{
     traffic::request_response::Protocol,
 };
 
+/// As flannel's own manifest has it: agents get their ways by flags, and a peer its own default.
+const CONFIG: &str = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
 /// The Service's address.
 const SERVICE: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
 /// What the server's ports for the Service have on top of those for itself: the
@@ -110,7 +112,7 @@ impl Stage {
     pub fn set(side: &Side) -> Result<Self> {
         Self::with_config(
             side,
-            DEFAULT_CONFIG,
+            CONFIG,
             Ipv4Net::new_assert(Ipv4Addr::new(10, 244, 0, 0), 16),
         )
     }
@@ -163,7 +165,7 @@ impl Stage {
             }
             Ends::Pods(AgentKind::Other(program)) => {
                 let lab = lab()?;
-                let (agents, registry) = peer::start_everywhere(&lab, program)?;
+                let (agents, registry) = peer::start_everywhere(&lab, program, config)?;
                 with_pods(lab, network, agents, registry)?
             }
             Ends::Joined => joined()?,

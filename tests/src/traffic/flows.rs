@@ -14,7 +14,7 @@ use nix::sys::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{pin_to, ready, told_to_finish};
+use super::{ready, share, told_to_finish};
 
 /// How long a lost response is waited for.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -47,7 +47,10 @@ pub struct FlowsArgs {
     /// Flows in all.
     #[arg(long)]
     flows: u32,
-    /// Seconds to measure, after each flow has been used once.
+    /// How often each flow is used before the measurement.
+    #[arg(long, default_value_t = 1)]
+    turns: u32,
+    /// Seconds to measure.
     #[arg(long, default_value_t = 1.0)]
     seconds: f64,
     /// Stay on this CPU.
@@ -65,7 +68,7 @@ pub struct ServeReport {
 /// What the client measured.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct FlowsReport {
-    /// Transactions in all, the first one of each flow included.
+    /// Transactions in all, those before the measurement included.
     pub all: u64,
     /// Transactions per second.
     pub per_second: f64,
@@ -76,7 +79,7 @@ pub struct FlowsReport {
 /// # Errors
 /// When a socket fails.
 pub fn serve(args: &ServeArgs) -> Result<ServeReport> {
-    pin_to(args.cpu)?;
+    share(args.cpu)?;
     let epoll = Epoll::new(EpollCreateFlags::empty())?;
     let mut sockets = Vec::new();
     for index in 0..args.ports {
@@ -107,7 +110,7 @@ pub fn serve(args: &ServeArgs) -> Result<ServeReport> {
 /// # Errors
 /// When a datagram is lost or the sockets are too many.
 pub fn client(args: &FlowsArgs) -> Result<FlowsReport> {
-    pin_to(args.cpu)?;
+    share(args.cpu)?;
     ensure!(args.flows > 0 && args.ports > 0, "no flow to measure");
     let count = args.flows.div_ceil(args.ports.into());
     let limit = u64::from(count) + 100;
@@ -132,8 +135,10 @@ pub fn client(args: &FlowsArgs) -> Result<FlowsReport> {
         ensure!(length == SIZE, "a response of {length} bytes");
         Ok(())
     };
-    for flow in 0..args.flows {
-        ask(flow)?;
+    for _ in 0..args.turns {
+        for flow in 0..args.flows {
+            ask(flow)?;
+        }
     }
     let length = Duration::from_secs_f64(args.seconds);
     let start = Instant::now();
@@ -143,7 +148,7 @@ pub fn client(args: &FlowsArgs) -> Result<FlowsReport> {
         done += 1;
     }
     Ok(FlowsReport {
-        all: u64::from(args.flows) + u64::from(done),
+        all: u64::from(args.flows) * u64::from(args.turns) + u64::from(done),
         per_second: f64::from(done) / start.elapsed().as_secs_f64(),
     })
 }

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::{latency::Latency, pin_to, ready, socket, told_to_finish};
+use super::{latency::Latency, ready, share, socket, told_to_finish};
 
 /// How long a lost response is waited for.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -129,7 +129,7 @@ pub struct FirstReport {
 /// # Errors
 /// When a socket fails.
 pub fn serve(args: &ServeArgs) -> Result<ServeReport> {
-    pin_to(args.cpu)?;
+    share(args.cpu)?;
     let at = (Ipv4Addr::UNSPECIFIED, args.port);
     let mut message = vec![0; args.size];
     let mut answered = 0;
@@ -169,7 +169,7 @@ pub fn serve(args: &ServeArgs) -> Result<ServeReport> {
 /// # Errors
 /// When the connection breaks or a datagram is lost.
 pub fn client(args: &ClientArgs) -> Result<RrReport> {
-    pin_to(args.cpu)?;
+    share(args.cpu)?;
     ready()?;
     match args.protocol {
         Protocol::Tcp => {
@@ -203,7 +203,7 @@ pub fn client(args: &ClientArgs) -> Result<RrReport> {
 /// # Errors
 /// When a datagram is lost.
 pub fn first(args: &FirstArgs) -> Result<FirstReport> {
-    pin_to(args.cpu)?;
+    share(args.cpu)?;
     ready()?;
     let mut message = vec![0; args.size];
     let mut times = Vec::new();

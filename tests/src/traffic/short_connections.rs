@@ -16,7 +16,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::{latency::Latency, pin_to, ready, told_to_finish};
+use super::{latency::Latency, ready, share, told_to_finish};
 
 /// How long a lost packet is waited for.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -75,7 +75,7 @@ pub struct ConnectionsReport {
 /// # Errors
 /// When a socket fails.
 pub fn serve(args: &ServeArgs) -> Result<ServeReport> {
-    pin_to(args.cpu)?;
+    share(args.cpu)?;
     let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, args.port))?;
     let finish = told_to_finish();
     ready()?;
@@ -108,7 +108,7 @@ pub fn serve(args: &ServeArgs) -> Result<ServeReport> {
 /// # Errors
 /// When a connection fails.
 pub fn client(args: &ClientArgs) -> Result<ConnectionsReport> {
-    pin_to(args.cpu)?;
+    share(args.cpu)?;
     ready()?;
     let mut message = vec![0; args.size];
     let mut run = |seconds: f64| -> Result<(Vec<u32>, f64)> {

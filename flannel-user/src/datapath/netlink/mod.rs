@@ -270,6 +270,8 @@ impl NetlinkDatapath {
             } else {
                 self.programmed = without_failures(wanted, &pass.errors);
             }
+            // Events of the FDB entries wait until this is over.
+            self.echoes_end = Instant::now() + ECHO;
             debug!(
                 installed = pass.installed,
                 removed = pass.removed,

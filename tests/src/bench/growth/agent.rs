@@ -39,10 +39,63 @@ enum Source {
 }
 
 impl Source {
+    const ALL: [Self; 2] = [Self::Directory, Self::Etcd];
+
     const fn name(self) -> &'static str {
         match self {
             Self::Directory => "directory",
             Self::Etcd => "etcd",
+        }
+    }
+}
+
+/// A source with leases in it.
+enum Registry {
+    Directory(PathBuf),
+    Etcd(Etcd),
+}
+
+impl Registry {
+    /// One with the leases of nodes 0 to `size`.
+    fn with_leases(lab: &Lab, source: Source, size: u32) -> Result<Self> {
+        match source {
+            Source::Directory => {
+                let directory = lab.lease_dir();
+                for number in 0..size {
+                    leases::write(&directory, number)?;
+                }
+                Ok(Self::Directory(directory))
+            }
+            Source::Etcd => {
+                let etcd = Etcd::start(lab, leases::CONFIG)?;
+                let all: Vec<_> = (0..size).map(leases::lease).collect();
+                etcd.put_leases(&all)?;
+                Ok(Self::Etcd(etcd))
+            }
+        }
+    }
+
+    fn options(&self, readiness: &Readiness) -> AgentOptions {
+        AgentOptions {
+            etcd: match self {
+                Self::Directory(_) => None,
+                Self::Etcd(etcd) => Some(etcd.at()),
+            },
+            ..readiness.options()
+        }
+    }
+
+    fn add(&self, number: u32) -> Result<()> {
+        match self {
+            Self::Directory(directory) => Ok(leases::write(directory, number)?),
+            Self::Etcd(etcd) => etcd.put_leases(&[leases::lease(number)]),
+        }
+    }
+
+    fn remove(&self, number: u32) -> Result<()> {
+        match self {
+            Self::Directory(directory) => Ok(leases::remove(directory, number)?),
+            Self::Etcd(etcd) => etcd.remove_lease(&leases::lease(number).0),
         }
     }
 }
@@ -66,11 +119,11 @@ const LIMIT: Duration = Duration::from_secs(180);
 pub(super) fn measure(sizes: &[u32]) -> Result<Vec<Curve>> {
     let mut points = Points::over("nodes");
     for size in sizes {
-        for source in [Source::Directory, Source::Etcd] {
+        for source in Source::ALL {
             start(*size, source, &mut points)
+                .and_then(|()| follow(*size, source, &mut points))
                 .with_context(|| format!("{size} leases in {}", source.name()))?;
         }
-        follow(*size, &mut points).with_context(|| format!("{size} nodes"))?;
     }
     Ok(points.curves())
 }
@@ -122,25 +175,9 @@ fn start(size: u32, source: Source, points: &mut Points) -> Result<()> {
     for _ in 0..STARTS {
         let lab = lab()?;
         let node = &lab[0];
-        let etcd = match source {
-            Source::Directory => {
-                for number in 0..size {
-                    leases::write(&lab.lease_dir(), number)?;
-                }
-                None
-            }
-            Source::Etcd => {
-                let etcd = Etcd::start(&lab, leases::CONFIG)?;
-                let all: Vec<_> = (0..size).map(leases::lease).collect();
-                etcd.put_leases(&all)?;
-                Some(etcd)
-            }
-        };
+        let registry = Registry::with_leases(&lab, source, size)?;
         let readiness = Readiness::listen(&lab)?;
-        let options = AgentOptions {
-            etcd: etcd.as_ref().map(Etcd::at),
-            ..readiness.options()
-        };
+        let options = registry.options(&readiness);
         let begin = Instant::now();
         let agent = Agent::launch(node, &options)?;
         readiness
@@ -204,48 +241,44 @@ fn wait_for_map(node: &Node, size: u32) -> Result<()> {
 }
 
 /// What a running agent needs, and how fast it follows.
-fn follow(size: u32, points: &mut Points) -> Result<()> {
+fn follow(size: u32, source: Source, points: &mut Points) -> Result<()> {
     let lab = lab()?;
-    let (node, directory) = (&lab[0], lab.lease_dir());
-    for number in 0..size {
-        leases::write(&directory, number)?;
-    }
+    let node = &lab[0];
+    let registry = Registry::with_leases(&lab, source, size)?;
     let readiness = Readiness::listen(&lab)?;
-    let agent = Agent::launch(node, &readiness.options())?;
+    let agent = Agent::launch(node, &registry.options(&readiness))?;
     readiness.wait()?;
     wait_for_map(node, size)?;
 
     let (mut routes, mut map_entries) = (Vec::new(), Vec::new());
     for event in 0..EVENTS {
-        let (route, entry) = one_more(node, &lab, size + event)?;
+        let (route, entry) = one_more(node, &registry, size + event)?;
         routes.push(route);
         map_entries.push(entry);
     }
-    points.add("one lease to its route", "directory", "ms", size, &routes)?;
-    points.add(
-        "one lease to its map entry",
-        "directory",
-        "ms",
-        size,
-        &map_entries,
-    )?;
+    let name = source.name();
+    points.add("one lease to its route", name, "ms", size, &routes)?;
+    points.add("one lease to its map entry", name, "ms", size, &map_entries)?;
     let memory = cpu::resident(agent.pid())? as f64 / f64::from(1 << 20);
-    points.add("resident memory", "directory", "MiB", size, &[memory])?;
+    points.add("resident memory", name, "MiB", size, &[memory])?;
 
-    let (mut off, mut on) = (Vec::new(), Vec::new());
-    for _ in 0..TOGGLES {
-        for (mode, times) in [(Mode::Netlink, &mut off), (Mode::Ebpf, &mut on)] {
-            let begin = Instant::now();
-            node.request_mode(mode)?;
-            times.push(begin.elapsed().as_secs_f64() * 1000.0);
+    // The switch does not ask where the leases came from.
+    if source == Source::Directory {
+        let (mut off, mut on) = (Vec::new(), Vec::new());
+        for _ in 0..TOGGLES {
+            for (mode, times) in [(Mode::Netlink, &mut off), (Mode::Ebpf, &mut on)] {
+                let begin = Instant::now();
+                node.request_mode(mode)?;
+                times.push(begin.elapsed().as_secs_f64() * 1000.0);
+            }
         }
+        points.add("switch to netlink", name, "ms", size, &off)?;
+        points.add("switch to ebpf", name, "ms", size, &on)?;
     }
-    points.add("switch to netlink", "directory", "ms", size, &off)?;
-    points.add("switch to ebpf", "directory", "ms", size, &on)?;
-    let share = under_changes(&lab, &agent, size + EVENTS)?;
+    let share = under_changes(&registry, &agent, size + EVENTS)?;
     points.add(
         "CPU at 100 lease changes/s",
-        "directory",
+        name,
         "% of one",
         size,
         &[share],
@@ -253,7 +286,7 @@ fn follow(size: u32, points: &mut Points) -> Result<()> {
 }
 
 /// Milliseconds from a lease's appearance to its route, and to its map entry.
-fn one_more(node: &Node, lab: &Lab, number: u32) -> Result<(f64, f64)> {
+fn one_more(node: &Node, registry: &Registry, number: u32) -> Result<(f64, f64)> {
     let map = peers(node)?;
     let mut command = node.namespace().command("ip");
     command
@@ -273,7 +306,7 @@ fn one_more(node: &Node, lab: &Lab, number: u32) -> Result<(f64, f64)> {
                 .any(|line| line.is_ok_and(|line| line.starts_with(&wanted)))
                 .then(|| begin.elapsed())
         });
-        leases::write(&lab.lease_dir(), number)?;
+        registry.add(number)?;
         let entry = loop {
             if has(&map, number) {
                 break begin.elapsed();
@@ -298,17 +331,16 @@ fn one_more(node: &Node, lab: &Lab, number: u32) -> Result<(f64, f64)> {
 }
 
 /// The agent's share of one processor while leases come and go.
-fn under_changes(lab: &Lab, agent: &Agent, first: u32) -> Result<f64> {
-    let directory = lab.lease_dir();
+fn under_changes(registry: &Registry, agent: &Agent, first: u32) -> Result<f64> {
     let before = cpu::of_process(agent.pid())?;
     let begin = Instant::now();
     let mut change = 0;
     while begin.elapsed() < CHANGING {
         let number = first + change / 2;
         if change % 2 == 0 {
-            leases::write(&directory, number)?;
+            registry.add(number)?;
         } else {
-            leases::remove(&directory, number)?;
+            registry.remove(number)?;
         }
         change += 1;
         let due = Duration::from_secs_f64(f64::from(change) / f64::from(CHANGES_PER_SECOND));

@@ -34,8 +34,9 @@ impl Bar {
             "host" => "no rules",
             "host-nf" => "with rules",
             "netlink" => "as flannel",
-            "learned" | "direct" => "eBPF",
-            "veth" => "the floor",
+            "learned" => "eBPF, default",
+            "direct" => "eBPF, blind",
+            "veth" => "no node",
             _ => "another agent",
         }
     }
@@ -163,6 +164,16 @@ pub fn distribution(report: &Report, measure: &str) -> Option<Chart> {
     })
 }
 
+/// A measure that grows, in words.
+fn in_words(measure: &str) -> &str {
+    match measure {
+        "tcp_rr" => "TCP requests and responses",
+        "udp_rr" => "UDP requests, one flow after the other",
+        "from_pod to random subnets" => "the sending program, random peers",
+        other => other,
+    }
+}
+
 /// A chart per measure that grows, sides and sources together.
 #[must_use]
 pub fn growth(curves: &[Curve]) -> Vec<Chart> {
@@ -179,11 +190,11 @@ pub fn growth(curves: &[Curve]) -> Vec<Chart> {
         };
         let known = charts
             .iter_mut()
-            .find(|chart| chart.title == curve.measure && chart.x == curve.over);
+            .find(|chart| chart.title == in_words(&curve.measure) && chart.x == curve.over);
         match known {
             Some(chart) => chart.lines.push(line),
             None => charts.push(Chart {
-                title: curve.measure.clone(),
+                title: in_words(&curve.measure).to_owned(),
                 x: curve.over.clone(),
                 y: curve.unit.clone(),
                 lines: vec![line],

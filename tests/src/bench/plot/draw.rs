@@ -236,7 +236,7 @@ where
         .margin(14)
         .x_label_area_size(46)
         .y_label_area_size(64)
-        .build_cartesian_2d((left..right * 1.3).log_scale(), 0.0..data.top() * 1.25)
+        .build_cartesian_2d((left..right * 1.3).log_scale(), 0.0..data.top() * 1.45)
         .map_err(io)?;
     chart
         .configure_mesh()

@@ -24,7 +24,7 @@ const PROGRAMS: [&str; 5] = [FROM_POD, TO_UPLINK, FROM_UPLINK, FROM_TUNNEL, TO_P
 /// The ones that forward: they can be run by themselves.
 const FORWARDING: [&str; 2] = [FROM_POD, FROM_UPLINK];
 /// Under whose traffic they are watched.
-const LOADS: [&str; 2] = ["tcp_rr", "tcp_crr"];
+const LOADS: [&str; 3] = ["tcp_rr", "tcp_crr", "first_packet"];
 
 /// One program of one side.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
