@@ -60,7 +60,7 @@ mod tests {
     fn the_quoted_connection_is_found_and_nothing_is_read_past_the_end() {
         let quoted = rows::outgoing().bytes();
         let whole = error(3, &quoted[..28]);
-        let sent = [vec![0; 14], quoted.clone()].concat();
+        let sent = [vec![0; 14], quoted].concat();
         let key = Packet::read(&Bytes::plain(&sent, 1), 14).map(|packet| packet.key);
         assert_eq!(flow(&Bytes::plain(&whole, 1), 14), key);
         for len in 0..whole.len() {
