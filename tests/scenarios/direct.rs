@@ -163,9 +163,9 @@ fn expect_all_well(tasks: Vec<Task>) -> Result<u64> {
 }
 
 /// Runs `disturb` again and again under young live connections.
-fn under_live_connections(mut disturb: impl FnMut(&mut Kube, u32) -> Result<()>) {
+fn under_live_connections(side: Side, mut disturb: impl FnMut(&mut Kube, u32) -> Result<()>) {
     scenario(2, |lab| {
-        let mut kube = Kube::start(lab, Side::Direct)?;
+        let mut kube = Kube::start(lab, side)?;
         let server = serve(kube.server())?;
         let clients = live_ones(&kube, repetitions(400, 5000))?;
         let stream = kube.stream(Via::Pod, "--direction both --pace 0.3")?;
@@ -191,7 +191,16 @@ fn under_live_connections(mut disturb: impl FnMut(&mut Kube, u32) -> Result<()>)
 
 #[test]
 fn changed_rules_hand_over_what_lives() {
-    under_live_connections(|kube, round| {
+    change_rules(Side::Direct);
+}
+
+#[test]
+fn changed_rules_hand_over_what_lives_by_class() {
+    change_rules(Side::Learned);
+}
+
+fn change_rules(side: Side) {
+    under_live_connections(side, |kube, round| {
         let (a, b) = kube.cluster.nodes();
         for node in [a, b] {
             let verb = if round % 2 == 1 { "add" } else { "delete" };
@@ -205,7 +214,16 @@ fn changed_rules_hand_over_what_lives() {
 
 #[test]
 fn switching_the_mode_hands_over_what_lives() {
-    under_live_connections(|kube, round| {
+    switch_modes(Side::Direct);
+}
+
+#[test]
+fn switching_the_mode_hands_over_what_lives_by_class() {
+    switch_modes(Side::Learned);
+}
+
+fn switch_modes(side: Side) {
+    under_live_connections(side, |kube, round| {
         let mode = if round % 2 == 1 { Netlink } else { Ebpf };
         let (a, b) = kube.cluster.nodes();
         a.request_mode(mode)?;
@@ -221,7 +239,16 @@ fn switching_the_mode_hands_over_what_lives() {
 
 #[test]
 fn a_killed_agents_connections_are_handed_over_by_the_next() {
-    under_live_connections(|kube, round| {
+    kill_agents(Side::Direct);
+}
+
+#[test]
+fn a_killed_agents_connections_are_handed_over_by_the_next_by_class() {
+    kill_agents(Side::Learned);
+}
+
+fn kill_agents(side: Side) {
+    under_live_connections(side, |kube, round| {
         let index = round as usize % 2;
         let agent = kube.cluster.agents.remove(index);
         let node = agent.node().clone();
@@ -237,8 +264,17 @@ fn a_killed_agents_connections_are_handed_over_by_the_next() {
 
 #[test]
 fn services_and_pods_share_servers_and_ports() {
+    share_servers(Side::Direct);
+}
+
+#[test]
+fn services_and_pods_share_servers_and_ports_by_class() {
+    share_servers(Side::Learned);
+}
+
+fn share_servers(side: Side) {
     scenario(2, |lab| {
-        let kube = Kube::start(lab, Side::Direct)?;
+        let kube = Kube::start(lab, side)?;
         let (a, _) = kube.cluster.nodes();
         let server = serve(kube.server())?;
         let pod = kube.server().at(CONNECTIONS_PORT);

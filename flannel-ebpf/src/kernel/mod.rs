@@ -279,14 +279,18 @@ fn absorb(context: &TcContext) -> i32 {
 #[classifier]
 pub(crate) fn to_uplink(context: TcContext) -> i32 {
     let sign = wire::sign(&context);
-    if sign != sign::BYPASSED && sign != sign::NOTED {
-        return NEXT;
+    if sign == sign::BYPASSED {
+        wire::set_sign(&context, sign::NONE);
     }
-    wire::set_sign(&context, sign::NONE);
     if sign == sign::NOTED
         && let Some(node) = learning()
     {
         let wire = Wire::new(&context);
+        // Another agent's hook, of another network, may be behind ours: its packets stay signed.
+        if !encap::is_tunnelled(&wire, node) {
+            return NEXT;
+        }
+        wire::set_sign(&context, sign::NONE);
         let len = wire.meta().len;
         if let Some(reason) = watch::left(&context, &wire, node) {
             counters::count(reason, len);

@@ -219,9 +219,6 @@ fn enough(way: Way, outcome: u64, note: &Note) -> bool {
 /// What the stack made of a pod's packet: sighting at the egress of the uplink.
 #[inline(always)]
 pub(super) fn left(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Option<Reason> {
-    if !encap::is_tunnelled(wire, node) {
-        return None;
-    }
     let packet = Packet::read(wire, encap::INNER_IP)?;
     let is_handshake = opening::is_wanted(node) && packet.is_handshake();
     if packet.is_boundary() && !is_handshake {
