@@ -237,7 +237,7 @@ fn rules_that_no_class_can_stand_for_switch_classes_off() {
             let took = ruled.elapsed();
             let reason = own(a)?.paused.unwrap_or_default();
             println!("{what}: off after {took:?}: {reason}");
-            ensure!(took < Duration::from_millis(300), "{what}: {took:?}");
+            ensure!(took < Duration::from_millis(600), "{what}: {took:?}");
             let before = opened(a)?;
             pause(0.3);
             ensure!(
