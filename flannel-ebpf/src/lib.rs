@@ -28,7 +28,11 @@ pub mod learned;
 pub mod outer;
 pub mod own;
 pub mod packet;
+#[cfg(any(test, feature = "rows"))]
+pub mod random;
 pub mod reason;
+#[cfg(any(test, feature = "rows"))]
+pub mod rewrite;
 #[cfg(any(test, feature = "rows"))]
 pub mod rows;
 pub mod sighting;

@@ -100,8 +100,10 @@ pub fn pods() -> BTreeMap<[u8; 4], LocalPod> {
 pub struct Fixture {
     /// This node.
     pub node: NodeConfig,
-    remotes: Vec<([u8; 4], u32, RemoteSubnet)>,
-    pods: BTreeMap<[u8; 4], LocalPod>,
+    /// Peers by prefix.
+    pub remotes: Vec<([u8; 4], u32, RemoteSubnet)>,
+    /// Local pods by address.
+    pub pods: BTreeMap<[u8; 4], LocalPod>,
     /// What was learned of flows that pods send.
     pub flows_out: BTreeMap<FlowKey, OutFlow>,
     /// What was learned of flows that arrive.

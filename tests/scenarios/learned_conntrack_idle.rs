@@ -105,6 +105,7 @@ fn netlink_mode_leaves_the_settings_alone() {
             .result()?
             .check(1_000_000)?;
         ensure!(settings(&lab[0])? == before);
+        ensure!(lab[0].status()?.conntrack_kept.is_none());
         Ok(())
     });
 }

@@ -194,7 +194,7 @@ fn what_an_operator_excludes_is_never_bypassed() {
     scenario(2, |lab| {
         let options = Side::Learned
             .options()
-            .argument(&format!("--fast-path-exclude=port:{ECHO_PORT}"))
+            .argument(format!("--fast-path-exclude=port:{ECHO_PORT}"))
             .argument("--fast-path-exclude=198.51.100.0/24");
         let kube = Kube::start_with(lab, Side::Learned, &options)?;
         for via in Via::BOTH {

@@ -13,6 +13,7 @@ mod etcd_faults;
 mod flows;
 mod forged;
 mod health;
+mod kernel_rewrite;
 mod lab_itself;
 mod learned;
 mod learned_attack;

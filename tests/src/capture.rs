@@ -68,7 +68,24 @@ impl Capture {
     ///
     /// # Errors
     /// When the file is not a capture.
-    pub fn stop(mut self) -> Result<Vec<VxlanPacket>> {
+    pub fn stop(self) -> Result<Vec<VxlanPacket>> {
+        let bytes = self.written()?;
+        frames(&bytes)?
+            .into_iter()
+            .filter_map(|frame| VxlanPacket::parse(frame).transpose())
+            .collect()
+    }
+
+    /// Stops it and gives every frame as it is.
+    ///
+    /// # Errors
+    /// When the file is not a capture.
+    pub fn stop_raw(self) -> Result<Vec<Vec<u8>>> {
+        let bytes = self.written()?;
+        Ok(frames(&bytes)?.into_iter().map(<[u8]>::to_vec).collect())
+    }
+
+    fn written(mut self) -> Result<Vec<u8>> {
         // Time to write down what has passed already.
         std::thread::sleep(Duration::from_millis(200));
         kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGINT)?;
@@ -76,11 +93,7 @@ impl Capture {
         wait::until("tcpdump ends", Duration::from_secs(5), || {
             Ok(child.try_wait()?)
         })?;
-        let bytes = fs::read(&self.file)?;
-        frames(&bytes)?
-            .into_iter()
-            .filter_map(|frame| VxlanPacket::parse(frame).transpose())
-            .collect()
+        Ok(fs::read(&self.file)?)
     }
 }
 

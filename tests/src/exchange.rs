@@ -161,7 +161,7 @@ impl RunningStream {
         )
     }
 
-    /// Connects to `target`, behind which the server in `to` is reached.
+    /// Connects to `target`, behind which the server in `to` is reached at the same port.
     ///
     /// # Errors
     /// As [`Self::start`].
@@ -170,7 +170,7 @@ impl RunningStream {
         (to, target): (&Namespace, SocketAddrV4),
         arguments: &str,
     ) -> Result<Self> {
-        let server = Task::start(to, &format!("stream-serve --port {STREAM_PORT}"))?;
+        let server = Task::start(to, &format!("stream-serve --port {}", target.port()))?;
         let client = Task::start(from, &format!("stream --to {target} {arguments}"))?;
         Ok(Self { client, server })
     }

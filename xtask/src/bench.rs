@@ -64,7 +64,9 @@ fn slowed_agent(directory: &Path) -> Result<std::path::PathBuf> {
             .args([
                 "build",
                 "--release",
+                // Both, as the lab is built: else every dependency is built anew for its features.
                 "--package=flannel-user",
+                "--package=lab",
                 "--bin=flanneld",
             ])
             .env("FLANNEL_EBPF_OBJECT", &object),

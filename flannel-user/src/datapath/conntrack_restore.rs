@@ -269,7 +269,7 @@ mod tests {
         assert!(!lives(flow, None));
         let closed = Entry {
             state: TcpState::TimeWait,
-            ..before.clone()
+            ..before
         };
         assert!(!lives(flow, Some(closed)));
         let another = Entry {

@@ -32,7 +32,12 @@ impl Machine {
     pub fn look() -> Result<Self> {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo")?;
         let meminfo = fs::read_to_string("/proc/meminfo")?;
-        let processors = std::thread::available_parallelism()?.get();
+        // All there are, not those that this process may use.
+        let processors = cpuinfo
+            .lines()
+            .filter(|line| line.starts_with("processor"))
+            .count()
+            .max(1);
         let before = cpu::busy_with_anything()?;
         let pause = std::time::Duration::from_millis(500);
         std::thread::sleep(pause);

@@ -5,8 +5,10 @@ use std::fmt::Write as _;
 use super::{
     growth::Curve,
     measure::{PROBES, Target},
+    plot::data::{HEADLINES, speed},
     program::ProgramCost,
     results::{Report, Row},
+    side::NETLINK,
     stats::{Better, Difference, Summary},
 };
 
@@ -23,6 +25,10 @@ pub fn report(report: &Report) -> String {
         "{} rounds of {} s a side, sides in turn; both ends on CPU {} where they share one.\n",
         settings.rounds, settings.seconds, settings.cpu
     ));
+    let glance = glance(report);
+    if !glance.is_empty() {
+        say(format_args!("### Speed at a glance\n\n{glance}"));
+    }
     for target in [Target::Pod, Target::Service] {
         let rows: Vec<&Row> = report
             .results
@@ -63,6 +69,56 @@ pub fn report(report: &Report) -> String {
         say(format_args!("### Growth\n\n{}", growth(&report.growth)));
     }
     text
+}
+
+/// One row for each headline: how many times the speed of the kernel path.
+fn glance(report: &Report) -> String {
+    let mut sides: Vec<&str> = Vec::new();
+    for row in &report.results {
+        if !sides.contains(&row.side.as_str()) && row.side != NETLINK {
+            sides.push(&row.side);
+        }
+    }
+    let mut text = String::new();
+    for (target, suffix) in [
+        (Target::Pod, ""),
+        (Target::Service, ", through a ClusterIP"),
+    ] {
+        for (measure, title) in HEADLINES {
+            let row = |side: &str| report.row(measure, side, target.name());
+            let Some(base) = row(NETLINK) else {
+                continue;
+            };
+            let cells: Vec<String> = sides
+                .iter()
+                .map(|side| row(side).map_or(String::new(), cell))
+                .collect();
+            writeln!(
+                text,
+                "| {title}{suffix} | {} {} | {} |",
+                number(base.median),
+                base.unit,
+                cells.join(" | ")
+            )
+            .expect("a string takes everything");
+        }
+    }
+    if text.is_empty() {
+        return text;
+    }
+    let rule = "---:|".repeat(sides.len());
+    format!(
+        "Times the speed of `{NETLINK}`; ~ where the spreads overlap, so that no difference may be claimed.\n\n\
+         | | {NETLINK} | {} |\n|---|---:|{rule}\n{text}",
+        sides.join(" | ")
+    )
+}
+
+fn cell(row: &Row) -> String {
+    let open = row.difference_to_netlink == Some(Difference::Open);
+    speed(row).map_or(String::new(), |(value, _)| {
+        format!("{}{value:.2}", if open { "~ " } else { "" })
+    })
 }
 
 fn table(rows: &[&&Row]) -> String {
@@ -203,7 +259,10 @@ fn growth(curves: &[Curve]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::results::{rows, tests::series};
+    use crate::bench::{
+        machine::Machine,
+        results::{Settings, rows, tests::series},
+    };
 
     #[test]
     fn overlapping_spreads_are_said_to_be_no_difference() {
@@ -215,6 +274,35 @@ mod tests {
         let direct = text.lines().last().expect("a line");
         assert!(direct.contains("no difference"), "{direct}");
         assert!(direct.contains("1.14 (1.08 … 1.19)"), "{direct}");
+    }
+
+    #[test]
+    fn less_time_is_more_speed_at_a_glance() {
+        let mut all = [
+            series("netlink", &[20.0, 22.0]),
+            series("learned", &[10.0, 11.0]),
+            series("direct", &[19.0, 21.0]),
+        ];
+        for one in &mut all {
+            one.measure = "tcp_rr_p50".to_owned();
+            one.figure.better = Better::Lower;
+        }
+        let report = Report {
+            machine: Machine::default(),
+            settings: Settings {
+                quick: true,
+                rounds: 2,
+                seconds: 1.0,
+                cpu: 0,
+            },
+            results: rows(&all),
+            distributions: Vec::new(),
+            programs: Vec::new(),
+            growth: Vec::new(),
+        };
+        let text = glance(&report);
+        let line = text.lines().last().expect("a line");
+        assert!(line.ends_with("| 2.00 | ~ 1.05 |"), "{line}");
     }
 
     #[test]

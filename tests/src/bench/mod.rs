@@ -97,7 +97,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let start = Instant::now();
     let sides = sides(args)?;
     let selection = Selection::of(&args.only, &sides)?;
-    let report = match &args.from {
+    let mut report = match &args.from {
         Some(file) => {
             let text = fs::read_to_string(file)
                 .with_context(|| format!("cannot read {}", file.display()))?;
@@ -108,6 +108,11 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     };
     let directory = args.out.clone().map_or_else(default_directory, Ok)?;
     write(&directory, &report)?;
+    if args.from.is_none() && selection.part(Part::Growth) {
+        // The longest part, and after all others: what they gave is safe.
+        report.growth = growth::measure(&sides, args.quick, pace_of(args, &report.machine))?;
+        write(&directory, &report)?;
+    }
     println!(
         "\n{:.0} s; every figure's path was proven by the counters of both nodes. {} holds results.json, results.md and the pictures.",
         start.elapsed().as_secs_f64(),
@@ -148,12 +153,8 @@ fn measured(args: &BenchArgs, sides: &[Side], selection: &Selection) -> Result<R
     if machine.background > 0.1 {
         println!("this machine is not idle: expect wide spreads");
     }
-    let seconds = args.seconds.unwrap_or(if args.quick { 0.3 } else { 1.0 });
-    let pace = Pace {
-        seconds,
-        cpu: args.cpu,
-        other_cpu: (args.cpu + 1) % machine.processors,
-    };
+    let pace = pace_of(args, &machine);
+    let Pace { seconds, cpu, .. } = pace;
     println!(
         "{} rounds of {seconds} s a side; medians, in brackets the ratio to {NETLINK}\n",
         args.rounds
@@ -178,24 +179,28 @@ fn measured(args: &BenchArgs, sides: &[Side], selection: &Selection) -> Result<R
         }
     }
     drop(stages);
-    let growth = if selection.part(Part::Growth) {
-        growth::measure(sides, args.quick, pace)?
-    } else {
-        Vec::new()
-    };
     Ok(Report {
         machine,
         settings: Settings {
             quick: args.quick,
             rounds: args.rounds,
             seconds,
-            cpu: args.cpu,
+            cpu,
         },
         results: rows(&all.series),
         distributions: all.distributions,
         programs,
-        growth,
+        growth: Vec::new(),
     })
+}
+
+fn pace_of(args: &BenchArgs, machine: &Machine) -> Pace {
+    let cpu = args.cpu.min(machine.processors - 1);
+    Pace {
+        seconds: args.seconds.unwrap_or(if args.quick { 0.3 } else { 1.0 }),
+        cpu,
+        other_cpu: (cpu + 1) % machine.processors,
+    }
 }
 
 /// `target/bench`, beside `target/release/lab`.

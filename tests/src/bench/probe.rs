@@ -238,19 +238,19 @@ fn flood(stage: &Stage, size: usize, target: Target, pace: Pace) -> Result<Measu
 fn many_flows(stage: &Stage, many: Many, target: Target, pace: Pace) -> Result<Measured> {
     let (to, port) = stage.way_to(Port::Flows, target);
     let word = many.protocol.name();
-    let serving = if many.same_cpu {
-        pace.cpu
+    let (serving, shared) = if many.same_cpu {
+        (pace.cpu, "--shared")
     } else {
-        pace.other_cpu
+        (pace.other_cpu, "")
     };
     let server = Task::start(
         stage.server(),
-        &format!("many-serve --protocol {word} --port {port} --cpu {serving}"),
+        &format!("many-serve --protocol {word} --port {port} --cpu {serving} {shared}"),
     )?;
     let report: ManyReport = Task::start(
         stage.client(),
         &format!(
-            "many --protocol {word} --to {to} --flows {} --window {} --seconds {} --cpu {}",
+            "many --protocol {word} --to {to} --flows {} --window {} --seconds {} --cpu {} {shared}",
             many.flows, many.window, many.seconds, pace.cpu
         ),
     )?

@@ -79,6 +79,9 @@ impl fmt::Display for Seen {
 
 /// A flow of the programs may show the kernel one packet in so many.
 const LEARNED_SHARE: u64 = 20;
+/// But always so many: every one of a few flows begins and ends in the kernel, also where
+/// segmentation offload makes few packets of it.
+const BEGINNINGS: u64 = 150;
 
 impl Way {
     /// Whether `seen` shows that at least `packets` went this way, and none by another.
@@ -99,7 +102,8 @@ impl Way {
             }
             Self::Programs | Self::Learned => {
                 programs + tunnel >= packets
-                    && tunnel.saturating_mul(LEARNED_SHARE) <= programs.max(LEARNED_SHARE * 50)
+                    && tunnel.saturating_mul(LEARNED_SHARE)
+                        <= programs.max(LEARNED_SHARE * BEGINNINGS)
             }
         }
     }

@@ -17,6 +17,7 @@ use super::{
     epoll::{self, Epoll},
     pin_to, ready,
     request_response::Protocol,
+    share,
     socket::{self, is_timeout},
     stream::SAMPLE,
     told_to_finish,
@@ -47,6 +48,9 @@ pub struct ServeArgs {
     /// Stay on this CPU.
     #[arg(long)]
     cpu: Option<usize>,
+    /// The other end is there as well, and both take turns.
+    #[arg(long)]
+    shared: bool,
 }
 
 /// Arguments of the client.
@@ -76,6 +80,9 @@ pub struct ClientArgs {
     /// Stay on this CPU.
     #[arg(long)]
     cpu: Option<usize>,
+    /// The other end is there as well, and both take turns.
+    #[arg(long)]
+    shared: bool,
 }
 
 /// What the server saw.
@@ -158,7 +165,11 @@ impl ManyReport {
 /// # Errors
 /// When a socket of its own fails.
 pub fn serve(args: &ServeArgs) -> Result<ServeReport> {
-    pin_to(args.cpu)?;
+    if args.shared {
+        share(args.cpu)?;
+    } else {
+        pin_to(args.cpu)?;
+    }
     epoll::allow_many_sockets()?;
     let finish = told_to_finish();
     let at = (Ipv4Addr::UNSPECIFIED, args.port);
@@ -243,7 +254,11 @@ fn listen(port: u16) -> Result<TcpListener> {
 /// # Errors
 /// When no flow can begin; flows that break later are a result.
 pub fn client(args: &ClientArgs) -> Result<ManyReport> {
-    pin_to(args.cpu)?;
+    if args.shared {
+        share(args.cpu)?;
+    } else {
+        pin_to(args.cpu)?;
+    }
     epoll::allow_many_sockets()?;
     ensure!(args.flows > 0, "no flow at all");
     let mut flows = (0..args.flows)

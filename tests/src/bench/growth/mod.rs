@@ -105,7 +105,7 @@ pub fn measure(sides: &[Side], quick: bool, pace: Pace) -> Result<Vec<Curve>> {
     let flows: &[u32] = if quick {
         &[1000]
     } else {
-        &[1000, 15_000, 100_000, 1_000_000]
+        &[1000, 10_000, 100_000, 1_000_000]
     };
     let chosen: Vec<&Side> = sides
         .iter()

@@ -1,12 +1,16 @@
 //! What the pictures show, apart from how it is drawn.
 
 use crate::{
-    bench::{growth::Curve, results::Report, stats::Better},
+    bench::{
+        growth::Curve,
+        results::{Report, Row},
+        stats::Better,
+    },
     traffic::latency::CURVE,
 };
 
 /// The measures that a reader wants first, and their names in words.
-const HEADLINES: [(&str, &str); 6] = [
+pub const HEADLINES: [(&str, &str); 6] = [
     ("tcp_rr_p50", "TCP request and response"),
     ("udp_rr_p50", "UDP request and response"),
     ("tcp_crr_p50", "a TCP connection for each request"),
@@ -93,7 +97,18 @@ impl Chart {
     }
 }
 
-/// Speed over that of the kernel path, so that more is always better.
+/// A row's speed over that of the kernel path, so that more is always better; worst and best round.
+#[must_use]
+pub fn speed(row: &Row) -> Option<(f64, [f64; 2])> {
+    let (value, [low, high]) = (row.ratio_to_netlink?, row.ratio_to_netlink_spread?);
+    Some(match row.better {
+        Better::Higher => (value, [low, high]),
+        // A third of the time is three times the speed.
+        Better::Lower => (1.0 / value, [1.0 / high, 1.0 / low]),
+    })
+}
+
+/// The bars of each headline.
 #[must_use]
 pub fn ratios(report: &Report, to: &str) -> Vec<Panel> {
     HEADLINES
@@ -104,20 +119,11 @@ pub fn ratios(report: &Report, to: &str) -> Vec<Panel> {
                 .iter()
                 .filter(|row| row.measure == *measure && row.to == to)
                 .filter_map(|row| {
-                    let (value, [low, high]) =
-                        (row.ratio_to_netlink?, row.ratio_to_netlink_spread?);
-                    Some(match row.better {
-                        Better::Higher => Bar {
-                            side: row.side.clone(),
-                            value,
-                            spread: [low, high],
-                        },
-                        // A third of the time is three times the speed.
-                        Better::Lower => Bar {
-                            side: row.side.clone(),
-                            value: 1.0 / value,
-                            spread: [1.0 / high, 1.0 / low],
-                        },
+                    let (value, spread) = speed(row)?;
+                    Some(Bar {
+                        side: row.side.clone(),
+                        value,
+                        spread,
                     })
                 })
                 .collect();
