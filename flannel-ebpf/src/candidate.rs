@@ -78,6 +78,11 @@ mod tests {
         validity: 2000,
         probe_gap: 250,
         recheck_gap: 5,
+        own_until: 0,
+        own_linger: 0,
+        class_generation: 0,
+        class_validity: 0,
+        class_patience: 0,
     };
 
     /// Just before the low 16 bits of the jiffies wrap.

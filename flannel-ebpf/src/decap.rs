@@ -11,7 +11,7 @@ use crate::{
     encap::segment_len,
     frame::Frame,
     header::{self, Ethernet},
-    layout::{DROP_FORGED, FAST_PATH_DIRECT, InFlow, LocalPod, NodeConfig},
+    layout::{DROP_FORGED, InFlow, LocalPod, NodeConfig},
     learned::{self, Hit},
     outer::OVERHEAD,
     packet::Packet,
@@ -39,7 +39,8 @@ const OUTER_IP: usize = size_of::<Ethernet>();
 const OUTER_UDP: usize = OUTER_IP + Ipv4Hdr::LEN;
 const VXLAN: usize = OUTER_UDP + size_of::<UdpHdr>();
 const INNER_ETHERNET: usize = VXLAN + VxlanHdr::LEN;
-const INNER_IP: usize = INNER_ETHERNET + size_of::<Ethernet>();
+/// Offset of the inner IP header.
+pub const INNER_IP: usize = INNER_ETHERNET + size_of::<Ethernet>();
 const _: () = assert!(INNER_IP == OUTER_IP + OVERHEAD);
 
 /// What to do with a tunnel packet that no known peer can have sent.
@@ -140,6 +141,9 @@ fn is_whole(tunnel: &Tunnel<'_>, len: u32) -> bool {
 pub enum Arrive<'a> {
     /// Its flow has an entry. With the packet comes the inner TOS byte afterwards.
     Known(Hit<'a, InFlow>, Packet, u8),
+    /// Genuine, but no verdict carries it; TCP may be of an own connection. (Without the packet:
+    /// in two places of one enum it would be copied in pieces that the verifier refuses.)
+    Unknown,
     /// The stack has it, or it is forged.
     Kernel(Reason),
 }
@@ -173,11 +177,21 @@ pub fn arrive<'a, F: Frame, T: Tables>(frame: &F, tables: &'a T, node: &NodeConf
     if let Err(reason) = is_genuine(&tunnel, node, tables) {
         return Arrive::Kernel(reason);
     }
-    Arrive::Kernel(match Packet::read(frame, INNER_IP) {
-        Some(packet) if packet.is_boundary() => Reason::InBoundary,
-        Some(_) => Reason::InUnlearned,
-        None => unfit(tunnel.inner),
-    })
+    match Packet::read(frame, INNER_IP) {
+        Some(_) => Arrive::Unknown,
+        None => Arrive::Kernel(unfit(tunnel.inner)),
+    }
+}
+
+/// Why the stack has a packet that nothing carries.
+#[inline(always)]
+#[must_use]
+pub const fn unknown(packet: &Packet) -> Reason {
+    if packet.is_boundary() {
+        Reason::InBoundary
+    } else {
+        Reason::InUnlearned
+    }
 }
 
 /// Why a packet is none of a flow that could be learned.
@@ -200,17 +214,18 @@ fn unfit(inner: &Ipv4Hdr) -> Reason {
     }
 }
 
-/// Decides on a packet that came in by the uplink, without changing it.
+/// May a packet from the uplink go to the pod that has its destination, and how? Changes nothing.
+/// Whether its connection may is another question.
 ///
 /// # Errors
 /// The one reason for which the packet is not delivered here.
 #[inline(always)]
-pub fn deliver<'a, F: Frame, T: Tables>(frame: &F, tables: &'a T) -> Result<Delivery<'a>, Reason> {
+pub fn deliver<'a, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &'a T,
+    node: &NodeConfig,
+) -> Result<Delivery<'a>, Reason> {
     let meta = frame.meta();
-    let node = tables.node().ok_or(Reason::InFastPathOff)?;
-    if node.flags & FAST_PATH_DIRECT == 0 {
-        return Err(Reason::InFastPathOff);
-    }
     let tunnel = tunnel(frame, node)?;
     is_genuine(&tunnel, node, tables)?;
     let inner = tunnel.inner;

@@ -5,7 +5,7 @@ use network_types::{ip::Ipv4Hdr, tcp::TcpHdr, udp::UdpHdr, vxlan::VxlanHdr};
 use crate::{
     frame::{Frame, Meta},
     header::{self, Ethernet, Header},
-    layout::{FAST_PATH_DIRECT, MODE_VXLAN, NodeConfig, OutFlow, POD_IN_KERNEL, RemoteSubnet},
+    layout::{LocalPod, MODE_VXLAN, NodeConfig, OutFlow, POD_IN_KERNEL, RemoteSubnet},
     learned::{self, Hit},
     packet::Packet,
     reason::Reason,
@@ -17,8 +17,8 @@ use crate::{
 pub enum Leave<'a> {
     /// Its flow has an entry.
     Known(Hit<'a, OutFlow>, Packet),
-    /// The stack has it; worth a note, because the stack may show what it does with the flow.
-    Ask(Packet),
+    /// No verdict carries it: see [`ask`], for TCP after the table of own connections.
+    Unknown(Packet),
     /// The stack has it.
     Kernel(Reason),
 }
@@ -52,34 +52,49 @@ pub fn leave<'a, F: Frame, T: Tables>(frame: &F, tables: &'a T, node: &NodeConfi
         );
         return Leave::Known(hit, packet);
     }
+    Leave::Unknown(packet)
+}
+
+/// Is a packet that no verdict carries worth a note, because the stack may show what it does with
+/// its flow?
+///
+/// # Errors
+/// Why it is not.
+#[inline(always)]
+pub fn ask<F: Frame, T: Tables>(
+    frame: &F,
+    tables: &T,
+    node: &NodeConfig,
+    packet: &Packet,
+) -> Result<(), Reason> {
+    let meta = frame.meta();
     if packet.is_boundary() {
-        return Leave::Kernel(Reason::OutBoundary);
+        return Err(Reason::OutBoundary);
     }
-    if let Some(reason) = learned::held_out(&tables.epoch(), &packet) {
-        return Leave::Kernel(reason);
+    if let Some(reason) = learned::held_out(&tables.epoch(), packet) {
+        return Err(reason);
     }
     if header::is_multicast(packet.key.dst) {
-        return Leave::Kernel(Reason::OutMulticast);
+        return Err(Reason::OutMulticast);
     }
-    let Some(pod) = tables
+    let pod = tables
         .local_pod(packet.key.src)
         .filter(|pod| pod.ifindex == meta.ifindex)
-    else {
-        return Leave::Kernel(Reason::OutForeignSource);
-    };
+        .ok_or(Reason::OutForeignSource)?;
     if pod.flags & POD_IN_KERNEL != 0 {
-        return Leave::Kernel(Reason::OutPodInKernel);
+        return Err(Reason::OutPodInKernel);
     }
+    let ethernet = frame.at::<Ethernet>(0).ok_or(Reason::OutMalformed)?;
     if ethernet.destination != pod.gateway_mac {
-        return Leave::Kernel(Reason::OutNotForGateway);
+        return Err(Reason::OutNotForGateway);
     }
     if packet.ttl <= 1 {
-        return Leave::Kernel(Reason::OutTtl);
+        return Err(Reason::OutTtl);
     }
     if packet.segment_len(meta.gso_size) > node.pod_mtu {
-        return Leave::Kernel(Reason::OutOverMtu);
+        return Err(Reason::OutOverMtu);
     }
-    Leave::Ask(packet)
+    Ok(())
 }
 
 /// Why a packet is none of a flow that could be learned.
@@ -133,6 +148,8 @@ pub fn is_tunnelled<F: Frame>(frame: &F, node: &NodeConfig) -> bool {
 pub struct Encapsulation<'a> {
     /// This node.
     pub node: &'a NodeConfig,
+    /// The pod.
+    pub pod: &'a LocalPod,
     /// The peer.
     pub remote: &'a RemoteSubnet,
     /// Total length of the inner IP packet in bytes.
@@ -170,7 +187,8 @@ pub(crate) fn segment_len<F: Frame>(
     }
 }
 
-/// Decides on a packet that a pod sent, without changing it.
+/// May a packet that a pod sent go to the peer that owns its destination, and how? Changes
+/// nothing. Whether its connection may is another question.
 ///
 /// # Errors
 /// The one reason for which the packet stays with the kernel.
@@ -178,12 +196,9 @@ pub(crate) fn segment_len<F: Frame>(
 pub fn encapsulate<'a, F: Frame, T: Tables>(
     frame: &F,
     tables: &'a T,
+    node: &'a NodeConfig,
 ) -> Result<Encapsulation<'a>, Reason> {
     let meta = frame.meta();
-    let node = tables.node().ok_or(Reason::OutFastPathOff)?;
-    if node.flags & FAST_PATH_DIRECT == 0 {
-        return Err(Reason::OutFastPathOff);
-    }
     let ethernet = frame.at::<Ethernet>(0).ok_or(Reason::OutMalformed)?;
     if meta.vlan || ethernet.ether_type != header::IPV4 {
         return Err(Reason::OutNotIpv4);
@@ -237,6 +252,7 @@ pub fn encapsulate<'a, F: Frame, T: Tables>(
     }
     Ok(Encapsulation {
         node,
+        pod,
         remote,
         inner_len,
         inner_tos: ip.tos,

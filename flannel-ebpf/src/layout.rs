@@ -6,9 +6,11 @@
 
 use bytemuck::{Pod, Zeroable};
 
+pub use crate::own::entry::*;
+
 /// Version of everything in this file. Maps of another version are never
 /// reused: the agent fills new ones and moves the attached programs over.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 /// Name of the program at the ingress of a pod's host-side veth.
 pub const FROM_POD: &str = "from_pod";
@@ -58,6 +60,14 @@ pub const CANDIDATES_IN: &str = "CANDIDATES_IN";
 pub const EPOCH: &str = "EPOCH";
 /// Array of `u32`: generation of whatever hashes there, see [`generation_slot`].
 pub const GENERATIONS: &str = "GENERATIONS";
+/// Hash: [`FlowKey`] as the pod sends it → [`OwnFlow`]: connections that conntrack does not know
+/// yet, both directions in one entry. Nothing live is ever evicted; only the agent deletes.
+pub const OWN: &str = "OWN";
+/// Hash: [`ClassKey`] → [`Class`].
+pub const CLASSES: &str = "CLASSES";
+/// LRU hash: [`ClassKey`] of a server that the pod reaches through a Service too → 1. The kernel has
+/// to choose the ports of all its connections there.
+pub const TRANSLATED: &str = "TRANSLATED";
 /// Longest-prefix map: address that is never bypassed → 1.
 pub const EXCLUDED_SUBNETS: &str = "EXCLUDED_SUBNETS";
 /// Array of 1,024 `u64`: one bit per TCP or UDP port that is never bypassed.
@@ -68,7 +78,8 @@ pub const MAX_REMOTE_SUBNETS: u32 = 131_072;
 /// Most local pod addresses.
 pub const MAX_LOCAL_PODS: u32 = 4_096;
 
-/// [`NodeConfig::flags`]: a subnet match is enough to encapsulate and deliver.
+/// [`NodeConfig::flags`]: TCP between pods bypasses the stack from its SYN on. Always together
+/// with [`FAST_PATH_LEARNED`], which carries what this cannot.
 pub const FAST_PATH_DIRECT: u32 = 1 << 0;
 /// [`NodeConfig::flags`]: tunnel packets for our VNI that no known peer can
 /// have sent are dropped; without it the kernel decides.
@@ -79,8 +90,16 @@ pub const FAST_PATH_LEARNED: u32 = 1 << 2;
 /// [`NodeConfig::flags`]: some addresses or ports are never bypassed.
 pub const HAS_EXCLUSIONS: u32 = 1 << 3;
 
+/// [`NodeConfig::flags`]: TCP between pods bypasses the stack from its SYN on where the stack has
+/// let connections of the same class pass.
+pub const FAST_PATH_CLASSES: u32 = 1 << 4;
+
 /// Flows of each direction that the tables hold unless a flag says otherwise.
 pub const DEFAULT_FLOWS: u32 = 65_536;
+/// Connections that the own table holds. Closed ones stay two seconds: enough for 30,000 a second.
+pub const OWN_FLOWS: u32 = 65_536;
+/// Classes that are remembered.
+pub const MAX_CLASSES: u32 = 16_384;
 /// Notes per CPU and direction, a ring. The stack takes packets in batches of up to 64
 /// between the two sightings. Few, so that they stay in the CPU's nearest cache.
 pub const NOTES: u32 = 128;
@@ -348,7 +367,7 @@ pub struct Note {
     pub _pad: u8,
     /// When, in jiffies.
     pub at: u32,
-    /// Global generation then.
+    /// Global generation then; of a packet of the handshake, that of classes.
     pub generation: u32,
     /// Interface it came in by.
     pub ifindex: u32,
@@ -397,8 +416,19 @@ pub struct Epoch {
     pub probe_gap: u32,
     /// The same while a flow still has the verdict of an older generation, in jiffies.
     pub recheck_gap: u32,
+    /// Until then, in jiffies, connections may bypass from their SYN on: the agent's heartbeat.
+    pub own_until: u32,
+    /// How long a closed own connection's entry may be taken for the next one, in jiffies. The
+    /// agent deletes it a little later.
+    pub own_linger: u32,
+    /// Generation of classes: raised with the change itself, not after a pause.
+    pub class_generation: u32,
+    /// How long a class holds until one of its SYNs has to ask the stack again, in jiffies.
+    pub class_validity: u32,
+    /// How long the answer to such a SYN may take, in jiffies.
+    pub class_patience: u32,
 }
-const _: () = assert!(size_of::<Epoch>() == 24);
+const _: () = assert!(size_of::<Epoch>() == 44);
 
 /// [`Epoch::flags`]: verdicts may be used.
 pub const BYPASS_ANY: u32 = 1 << 0;
@@ -418,7 +448,10 @@ const _: () = assert!(size_of::<Tally>() == 16);
 
 #[cfg(feature = "user")]
 mod user {
-    use super::{Epoch, FlowKey, InFlow, LocalPod, NodeConfig, OutFlow, RemoteSubnet, Tally};
+    use super::{
+        Class, ClassKey, Epoch, FlowKey, InFlow, LocalPod, NodeConfig, OutFlow, OwnFlow,
+        RemoteSubnet, Tally,
+    };
 
     // SAFETY: all are `repr(C)`, free of padding (bytemuck checks that) and valid for any bytes.
     unsafe impl aya::Pod for NodeConfig {}
@@ -436,4 +469,10 @@ mod user {
     unsafe impl aya::Pod for OutFlow {}
     // SAFETY: see above.
     unsafe impl aya::Pod for InFlow {}
+    // SAFETY: see above.
+    unsafe impl aya::Pod for OwnFlow {}
+    // SAFETY: see above.
+    unsafe impl aya::Pod for ClassKey {}
+    // SAFETY: see above.
+    unsafe impl aya::Pod for Class {}
 }

@@ -7,6 +7,7 @@
 //! * out of a pod: [`encap::encapsulate`] decides, [`outer`] makes the new headers;
 //! * in from a peer: [`decap::deliver`] decides;
 //! * both look first for what was learned of the flow: [`learned`] with [`validity`];
+//! * [`own`] carries connections from their SYN on;
 //! * [`sighting`], [`candidate`] and [`learn`] watch what the stack does with the rest;
 //! * whatever is not forwarded has one [`reason::Reason`].
 
@@ -25,6 +26,7 @@ pub mod layout;
 pub mod learn;
 pub mod learned;
 pub mod outer;
+pub mod own;
 pub mod packet;
 #[cfg(any(test, feature = "rows"))]
 pub mod random;

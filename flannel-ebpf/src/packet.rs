@@ -6,6 +6,10 @@ use crate::{frame::Frame, header, layout::FlowKey};
 
 /// TCP flags of a packet that opens or ends a connection: FIN, SYN and RST.
 pub const BOUNDARY: u8 = 0b111;
+/// TCP flag FIN.
+pub const FIN: u8 = 0b001;
+/// TCP flag RST.
+pub const RST: u8 = 0b100;
 /// TCP flag SYN.
 pub const SYN: u8 = 0b010;
 /// TCP flag ACK.
@@ -86,6 +90,13 @@ impl Packet {
     #[must_use]
     pub const fn is_boundary(&self) -> bool {
         self.tcp_flags & BOUNDARY != 0
+    }
+
+    /// Is it a SYN or the answer to one?
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_handshake(&self) -> bool {
+        self.tcp_flags & (SYN | FIN | RST) == SYN
     }
 
     /// Length in bytes of the longest IP packet that this one becomes on the wire.

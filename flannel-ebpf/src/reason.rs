@@ -34,6 +34,9 @@ pub enum Direction {
     LearnOut,
     /// `to_pod`: what the stack made of a peer's packet.
     LearnIn,
+    /// `from_pod` and `from_uplink`, counted beside the packet's outcome: connections that bypass
+    /// from their SYN on.
+    Own,
 }
 
 impl Direction {
@@ -45,6 +48,7 @@ impl Direction {
             Self::In => "in",
             Self::LearnOut => "learn out",
             Self::LearnIn => "learn in",
+            Self::Own => "own",
         }
     }
 }
@@ -174,6 +178,21 @@ reasons! {
     LearnInNotPeer: LearnIn, Kernel, "learn_in_not_peer", "no peer owns its source";
     LearnInNotPod: LearnIn, Kernel, "learn_in_not_pod", "the local end is not a pod that may be bypassed";
     LearnInNoRoom: LearnIn, Kernel, "learn_in_no_room", "the flow table took no more";
+    OwnOpened: Own, Forwarded, "own_opened", "a SYN opened a connection that bypasses the stack from it on";
+    OwnNoClass: Own, Kernel, "own_no_class", "a SYN took the stack: it has not yet let such connections pass often enough";
+    OwnChanged: Own, Kernel, "own_changed", "a SYN took the stack: something changed since such a connection passed";
+    OwnProbe: Own, Kernel, "own_probe", "a SYN asks the stack whether such connections still pass";
+    OwnPending: Own, Kernel, "own_pending", "a SYN took the stack: another one is asking there and is not through yet";
+    OwnUnanswered: Own, Kernel, "own_unanswered", "a SYN took the stack: no answer to the last one that asked has passed";
+    OwnHalfOpen: Own, Kernel, "own_half_open", "a SYN took the stack: too many such connections have not got past their handshake";
+    OwnPaused: Own, Kernel, "own_paused", "a SYN took the stack: the agent lets no connection open at present; status says why";
+    OwnExcluded: Own, Kernel, "own_excluded", "a SYN took the stack: a pod, address or port that is never bypassed";
+    OwnTranslated: Own, Kernel, "own_translated", "a SYN took the stack: the pod reaches this server through a Service too, so the kernel chooses ports";
+    OwnFull: Own, Kernel, "own_full", "a SYN took the stack: the table of own connections took no more";
+    OwnEnding: Own, Kernel, "own_ending", "a SYN took the stack: the entry of its tuple is about to be deleted, or the kernel has the tuple";
+    OwnRecalled: Own, Kernel, "own_recalled", "a packet of an own connection that only the kernel can carry: the connection is handed over";
+    OwnQuoted: Own, Kernel, "own_quoted", "an ICMP error about an own connection: the connection is handed over";
+    OwnClashed: Own, Dropped, "own_clashed", "a SYN through a Service met an own connection on the same port: dropped once, sent again it gets another port";
 }
 
 impl Reason {

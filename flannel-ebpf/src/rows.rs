@@ -4,13 +4,13 @@
 //! loaded programs through BPF test_run. Expected bytes are put together here
 //! field by field, not with the code under test.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     frame::{Bytes, Meta},
     layout::{
-        BYPASS_ANY, BYPASS_TCP, DROP_FORGED, Epoch, FAST_PATH_DIRECT, FlowKey, InFlow, LocalPod,
-        MODE_KERNEL, MODE_VXLAN, NodeConfig, OutFlow, RemoteSubnet,
+        BYPASS_ANY, BYPASS_TCP, ClassKey, DROP_FORGED, Epoch, FAST_PATH_DIRECT, FAST_PATH_LEARNED,
+        FlowKey, InFlow, LocalPod, MODE_KERNEL, MODE_VXLAN, NodeConfig, OutFlow, RemoteSubnet,
     },
     reason::{Direction, Reason},
     tables::Tables,
@@ -49,7 +49,7 @@ const UDP: u8 = 17;
 #[must_use]
 pub fn node() -> NodeConfig {
     NodeConfig {
-        flags: FAST_PATH_DIRECT | DROP_FORGED,
+        flags: FAST_PATH_LEARNED | FAST_PATH_DIRECT | DROP_FORGED,
         uplink: IFINDEX,
         vni: 1,
         pod_mtu: 1450,
@@ -108,6 +108,8 @@ pub struct Fixture {
     pub flows_out: BTreeMap<FlowKey, OutFlow>,
     /// What was learned of flows that arrive.
     pub flows_in: BTreeMap<FlowKey, InFlow>,
+    /// Servers that a pod reaches through a Service too.
+    pub translated: BTreeSet<ClassKey>,
     /// The global generation.
     pub epoch: Epoch,
     /// Generations by place.
@@ -128,6 +130,7 @@ impl Default for Fixture {
             pods: pods(),
             flows_out: BTreeMap::new(),
             flows_in: BTreeMap::new(),
+            translated: BTreeSet::new(),
             epoch: Epoch {
                 generation: 1,
                 grace_until: 0,
@@ -135,6 +138,11 @@ impl Default for Fixture {
                 validity: 2_000,
                 probe_gap: 250,
                 recheck_gap: 5,
+                own_until: 3_000,
+                own_linger: 1_900,
+                class_generation: 1,
+                class_validity: 1_000,
+                class_patience: 250,
             },
             generations: BTreeMap::new(),
             jiffies: 0,
@@ -174,6 +182,10 @@ impl Tables for Fixture {
 
     fn flow_in(&self, key: &FlowKey) -> Option<&InFlow> {
         self.flows_in.get(key)
+    }
+
+    fn is_translated(&self, class: &ClassKey) -> bool {
+        self.translated.contains(class)
     }
 
     fn epoch(&self) -> Epoch {
@@ -1055,7 +1067,7 @@ mod tests {
     fn the_way_out_row_by_row() {
         let fixture = Fixture::default();
         for row in way_out() {
-            let outcome = encap::encapsulate(&row.frame(), &fixture);
+            let outcome = encap::encapsulate(&row.frame(), &fixture, &fixture.node);
             match (&row.expect, outcome) {
                 (Expect::Becomes(expected), Ok(way)) => {
                     assert_eq!(applied(&row, &way), *expected, "{}", row.what)
@@ -1074,7 +1086,7 @@ mod tests {
     fn the_way_in_row_by_row() {
         let fixture = Fixture::default();
         for row in way_in() {
-            let outcome = decap::deliver(&row.frame(), &fixture);
+            let outcome = decap::deliver(&row.frame(), &fixture, &fixture.node);
             match (&row.expect, outcome) {
                 (Expect::Becomes(expected), Ok(way)) => {
                     let mut frame = row.given[50..].to_vec();
@@ -1097,24 +1109,6 @@ mod tests {
     }
 
     #[test]
-    fn with_the_fast_path_off_nothing_is_taken() {
-        let mut fixture = Fixture::default();
-        fixture.node.flags = 0;
-        for row in way_out() {
-            assert_eq!(
-                encap::encapsulate(&row.frame(), &fixture).err(),
-                Some(Reason::OutFastPathOff)
-            );
-        }
-        for row in way_in() {
-            assert_eq!(
-                decap::deliver(&row.frame(), &fixture).err(),
-                Some(Reason::InFastPathOff)
-            );
-        }
-    }
-
-    #[test]
     fn forged_packets_pass_to_the_kernel_when_asked() {
         let mut fixture = Fixture::default();
         fixture.node.flags &= !DROP_FORGED;
@@ -1125,7 +1119,7 @@ mod tests {
         for row in forged {
             seen += 1;
             assert_eq!(
-                decap::deliver(&row.frame(), &fixture).err(),
+                decap::deliver(&row.frame(), &fixture, &fixture.node).err(),
                 Some(Reason::InForgedPassed),
                 "{}",
                 row.what
@@ -1200,8 +1194,9 @@ mod tests {
             bytes: &given,
             meta,
         };
+        let fixture = Fixture::default();
         assert_eq!(
-            encap::encapsulate(&frame, &Fixture::default()).err(),
+            encap::encapsulate(&frame, &fixture, &fixture.node).err(),
             Some(Reason::OutGso)
         );
     }
@@ -1212,8 +1207,8 @@ mod tests {
         for row in way_out().into_iter().chain(way_in()) {
             for len in 0..row.given.len().min(140) {
                 let frame = Bytes::plain(&row.given[..len], IFINDEX);
-                let _ = encap::encapsulate(&frame, &fixture);
-                let _ = decap::deliver(&frame, &fixture);
+                let _ = encap::encapsulate(&frame, &fixture, &fixture.node);
+                let _ = decap::deliver(&frame, &fixture, &fixture.node);
             }
         }
         assert_eq!(crate::header::Ethernet::LEN, 14);
@@ -1224,8 +1219,8 @@ mod tests {
         fn random_bytes_are_never_delivered_nor_sent(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200)) {
             let fixture = Fixture::default();
             let frame = Bytes::plain(&bytes, IFINDEX);
-            proptest::prop_assert!(encap::encapsulate(&frame, &fixture).is_err());
-            proptest::prop_assert!(decap::deliver(&frame, &fixture).is_err());
+            proptest::prop_assert!(encap::encapsulate(&frame, &fixture, &fixture.node).is_err());
+            proptest::prop_assert!(decap::deliver(&frame, &fixture, &fixture.node).is_err());
         }
     }
 }

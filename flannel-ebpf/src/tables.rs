@@ -1,6 +1,8 @@
 //! What the decisions ask of the maps and of the clock.
 
-use crate::layout::{Epoch, FlowKey, InFlow, LocalPod, NodeConfig, OutFlow, RemoteSubnet};
+use crate::layout::{
+    ClassKey, Epoch, FlowKey, InFlow, LocalPod, NodeConfig, OutFlow, RemoteSubnet,
+};
 
 /// The maps in the kernel, plain collections in tests.
 pub trait Tables {
@@ -16,6 +18,8 @@ pub trait Tables {
     fn flow_out(&self, key: &FlowKey) -> Option<&OutFlow>;
     /// What was learned of a flow that arrives.
     fn flow_in(&self, key: &FlowKey) -> Option<&InFlow>;
+    /// Does the pod reach this server through a Service too?
+    fn is_translated(&self, class: &ClassKey) -> bool;
     /// The global generation.
     fn epoch(&self) -> Epoch;
     /// The generation at one place.

@@ -74,6 +74,8 @@ pub struct Options {
     pub datapath: Preference,
     /// `--fast-path`; the network config decides when absent.
     pub fast_path: Option<FastPath>,
+    /// `--fast-path-classes auto`.
+    pub classes: bool,
     /// `--forged-vxlan drop`.
     pub drop_forged: bool,
     /// `--fast-path-exclude`.
@@ -238,6 +240,7 @@ async fn start(options: &Options, phase: &Phase) -> anyhow::Result<Started> {
             .fast_path
             .or(backend.fast_path)
             .unwrap_or(FastPath::Learned),
+        classes: options.classes,
         drop_forged: options.drop_forged,
         exclusions: options.exclusions.clone(),
         source: source.describe(),
@@ -272,6 +275,7 @@ async fn forward(
     let source = Arc::clone(&options.source);
     let ebpf = EbpfOptions {
         vni: setup.vni,
+        network: setup.network,
         conntrack_memory: options.control_socket.with_extension("conntrack"),
         ..options.ebpf.clone()
     };

@@ -126,6 +126,17 @@ pub struct Flags {
     #[arg(long, value_enum, ignore_case = true, help_heading = "Datapath")]
     pub fast_path: Option<FastPath>,
 
+    /// With learned: short connections from their SYN on, where the kernel has let such
+    /// connections pass; auto leaves it where rules depend on more
+    #[arg(
+        long,
+        value_enum,
+        ignore_case = true,
+        default_value = "auto",
+        help_heading = "Datapath"
+    )]
+    pub fast_path_classes: Classes,
+
     /// Seconds that a learned verdict holds unless confirmed, while flows are few (1 to 30)
     #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = validity, help_heading = "Datapath")]
     pub fast_path_revalidate: Duration,
@@ -233,6 +244,15 @@ pub enum ForgedVxlan {
     Drop,
     /// Left to the kernel, which takes them, as flannel does: peers behind NAT need that.
     Pass,
+}
+
+/// `--fast-path-classes`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Classes {
+    /// Wherever no rule depends on more than a class holds.
+    Auto,
+    /// Never: handshake and end of each connection take the kernel.
+    Off,
 }
 
 /// Why there are no flags to work with.

@@ -260,6 +260,8 @@ mod tests {
             tcp_held: Some("sysctl".to_owned()),
             matching: 0,
             flows: Vec::new(),
+            classes: Vec::new(),
+            classes_off: None,
         };
         let text = serde_json::to_string(&Answer::from(flows.clone())).expect("JSON");
         assert!(text.starts_with(r#"{"ok":{"table_out":"#), "{text}");

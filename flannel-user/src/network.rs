@@ -79,8 +79,8 @@ pub enum FastPath {
     /// Packets of flows whose first packets showed what the stack does with them, for as long as
     /// that holds. Right in every cluster.
     Learned,
-    /// Every packet whose destination lies in a peer's subnet, from the first on.
-    /// Right only where netfilter has nothing to say about pod traffic.
+    /// The same, and TCP between pods from its SYN on. Right only where netfilter has nothing to
+    /// say about new connections of pods.
     Direct,
 }
 

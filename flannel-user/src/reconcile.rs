@@ -75,6 +75,8 @@ pub struct NodeSetup {
     pub mtu: TunnelMtu,
     /// Which packets the programs may take.
     pub fast_path: FastPath,
+    /// `--fast-path-classes auto`.
+    pub classes: bool,
     /// `--forged-vxlan drop`.
     pub drop_forged: bool,
     /// `--fast-path-exclude`.
@@ -347,6 +349,7 @@ impl Reconciler {
             vtep_addr: self.setup.uplink.public_ip,
             vtep_mac: self.device.mac,
             fast_path: self.setup.fast_path,
+            classes: self.setup.classes,
             has_exclusions: self.setup.exclusions.concern_packets(),
             drop_forged: self.setup.drop_forged && self.in_sync,
         };

@@ -231,10 +231,10 @@ fn a_lease_file_cut_in_half_costs_nobody_anything() {
         let report = load.finish()?;
         println!("half a lease: {}", report.summary());
         report.check()?;
-        // All of it by the programs: not even the fallback was needed.
+        // All of it by the programs, but for the few that ask the kernel.
         let taken = watch.taken(a)?;
         ensure!(
-            taken.tunnel.sent == 0 && taken.tunnel.received == 0,
+            taken.tunnel.sent < 100 && taken.tunnel.received < 100,
             "{taken}"
         );
         Ok(())

@@ -7,6 +7,8 @@
 
 mod bad_input;
 mod bench;
+mod classes;
+mod direct;
 mod etcd_faults;
 mod flows;
 mod forged;

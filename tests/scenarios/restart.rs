@@ -10,7 +10,7 @@ use lab::{
     cluster::Cluster,
     exchange,
     load::{Load, RATE},
-    node::{Node, TUNNEL},
+    node::{InterfaceCounters, Node, TUNNEL},
     paths::Path,
     scenario::{repetitions, scenario},
 };
@@ -35,6 +35,17 @@ fn programs_outlive_their_agent_and_are_taken_over() {
     });
 }
 
+/// Single packets ask the kernel whether their flow may still bypass it; nothing else goes there.
+fn expect_few(a: &Node, before: InterfaceCounters) -> Result<()> {
+    let now = a.interface_counters(TUNNEL)?;
+    let few = |now: u64, before: u64| now - before < 100;
+    ensure!(
+        few(now.sent, before.sent) && few(now.received, before.received),
+        "flannel.1 went from {before:?} to {now:?}"
+    );
+    Ok(())
+}
+
 fn kill_and_take_over(cluster: &mut Cluster, a: &Node, load: &Load) -> Result<()> {
     let before = a.status()?;
     let tunnel = a.interface_counters(TUNNEL)?;
@@ -45,13 +56,9 @@ fn kill_and_take_over(cluster: &mut Cluster, a: &Node, load: &Load) -> Result<()
     cluster.agents.insert(0, agent);
     load.run_for(Duration::from_secs(1));
     let after = a.status()?;
-    // Pods' traffic never came near flannel.1, nobody made it anew, and the
+    // Pods' traffic went past flannel.1, nobody made it anew, and the
     // programs' counters went on from where they were.
-    ensure!(
-        a.interface_counters(TUNNEL)? == tunnel,
-        "flannel.1 went from {tunnel:?} to {:?}",
-        a.interface_counters(TUNNEL)?
-    );
+    expect_few(a, tunnel)?;
     ensure!(
         a.interface_index(TUNNEL)? == index,
         "flannel.1 was recreated"
@@ -78,7 +85,7 @@ fn an_orderly_end_is_hitless_too() {
         let ended = cluster.agents.remove(0).terminate()?;
         ensure!(ended.status.success(), "{}: {}", ended.status, ended.log);
         load.run_for(OUTAGE);
-        ensure!(a.interface_counters(TUNNEL)? == tunnel);
+        expect_few(&a, tunnel)?;
         let agent = Agent::start(&a, &AgentOptions::in_mode(Ebpf))?;
         load.run_for(Duration::from_secs(1));
         cluster.agents.push(agent);

@@ -46,6 +46,8 @@ pub enum Side {
     Netlink,
     /// The learned fast path.
     Learned,
+    /// The same, and TCP between pods from its SYN on.
+    Direct,
 }
 
 impl Side {
@@ -55,6 +57,7 @@ impl Side {
         match self {
             Self::Netlink => AgentOptions::in_mode(Mode::Netlink),
             Self::Learned => AgentOptions::in_mode(Mode::Ebpf).fast_path("learned"),
+            Self::Direct => AgentOptions::in_mode(Mode::Ebpf).fast_path("direct"),
         }
     }
 }
@@ -121,7 +124,7 @@ impl Kube {
     /// Whether packets can be expected on the fast path.
     #[must_use]
     pub fn is_bypassing(&self) -> bool {
-        self.side == Side::Learned
+        self.side != Side::Netlink
     }
 
     /// The client pod.
@@ -296,21 +299,26 @@ pub struct Compared<T> {
 /// # Panics
 /// When it fails on one of them.
 pub fn compare<T>(body: impl Fn(&Kube) -> Result<T>) -> Compared<T> {
-    let on = |side| {
-        let result = Mutex::new(None);
-        scenario(2, |lab| {
-            let kube = Kube::start(lab, side)?;
-            let value = body(&kube).with_context(|| format!("{side:?}"))?;
-            *result.lock().expect("nobody panicked") = Some(value);
-            Ok(())
-        });
-        let value = result.into_inner().expect("nobody panicked");
-        value.expect("the scenario has ended well")
-    };
     Compared {
-        netlink: on(Side::Netlink),
-        learned: on(Side::Learned),
+        netlink: on(Side::Netlink, &body),
+        learned: on(Side::Learned, &body),
     }
+}
+
+/// What `body` gives in a fresh cluster of that side.
+///
+/// # Panics
+/// When it fails.
+pub fn on<T>(side: Side, body: impl Fn(&Kube) -> Result<T>) -> T {
+    let result = Mutex::new(None);
+    scenario(2, |lab| {
+        let kube = Kube::start(lab, side)?;
+        let value = body(&kube).with_context(|| format!("{side:?}"))?;
+        *result.lock().expect("nobody panicked") = Some(value);
+        Ok(())
+    });
+    let value = result.into_inner().expect("nobody panicked");
+    value.expect("the scenario has ended well")
 }
 
 /// Runs `body` in a cluster of the learned fast path.

@@ -85,6 +85,7 @@ pub(super) fn send(context: &TcContext, way: &Encapsulation<'_>) -> (Reason, i32
         (*headers)[OVERHEAD + 10] = check[0];
         (*headers)[OVERHEAD + 11] = check[1];
     }
+    wire::set_sign(context, wire::sign::BYPASSED);
     // SAFETY: the parameters live on the stack for the call, their size is the struct's.
     let verdict = unsafe {
         bpf_redirect_neigh(

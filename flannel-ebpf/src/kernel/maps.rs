@@ -7,9 +7,10 @@ use aya_ebpf::{
 };
 use flannel_ebpf::{
     layout::{
-        CANDIDATES, Candidate, DEFAULT_FLOWS, Epoch, FlowKey, GENERATION_SLOTS, InFlow, LocalPod,
-        MAX_EXCLUDED_SUBNETS, MAX_LOCAL_PODS, MAX_REMOTE_SUBNETS, NOTES, NodeConfig, Note, OutFlow,
-        PORT_WORDS, RemoteSubnet, TEMPLATE_LEN, TRAILS, Tally, Trail,
+        CANDIDATES, Candidate, Class, ClassKey, DEFAULT_FLOWS, Epoch, FlowKey, GENERATION_SLOTS,
+        InFlow, LocalPod, MAX_CLASSES, MAX_EXCLUDED_SUBNETS, MAX_LOCAL_PODS, MAX_REMOTE_SUBNETS,
+        NOTES, NodeConfig, Note, OWN_FLOWS, OutFlow, OwnFlow, PORT_WORDS, RemoteSubnet,
+        TEMPLATE_LEN, TRAILS, Tally, Trail,
     },
     reason::Reason,
     sighting::Way,
@@ -43,6 +44,16 @@ static FLOWS_OUT: LruHashMap<FlowKey, OutFlow> = LruHashMap::with_max_entries(DE
 /// As `FLOWS_OUT`.
 #[map]
 static FLOWS_IN: LruHashMap<FlowKey, InFlow> = LruHashMap::with_max_entries(DEFAULT_FLOWS, 0);
+
+#[map]
+static OWN: HashMap<FlowKey, OwnFlow> = HashMap::with_max_entries(OWN_FLOWS, BPF_F_NO_PREALLOC);
+
+#[map]
+static CLASSES: HashMap<ClassKey, Class> =
+    HashMap::with_max_entries(MAX_CLASSES, BPF_F_NO_PREALLOC);
+
+#[map]
+static TRANSLATED: LruHashMap<ClassKey, u32> = LruHashMap::with_max_entries(MAX_CLASSES, 0);
 
 #[map]
 static NOTES_OUT: PerCpuArray<Note> = PerCpuArray::with_max_entries(NOTES, 0);
@@ -91,6 +102,8 @@ static EXCLUDED_PORTS: Array<u64> = Array::with_max_entries(PORT_WORDS, 0);
 
 /// A table that is mostly empty should not cost its full size.
 const BPF_F_NO_PREALLOC: u32 = 1;
+/// Only where there is no entry yet.
+const BPF_NOEXIST: u64 = 1;
 
 /// The maps as the decisions see them.
 pub(super) struct KernelTables;
@@ -129,6 +142,12 @@ impl Tables for KernelTables {
     fn flow_in(&self, key: &FlowKey) -> Option<&InFlow> {
         // SAFETY: see above.
         unsafe { FLOWS_IN.get(key) }
+    }
+
+    #[inline(always)]
+    fn is_translated(&self, class: &ClassKey) -> bool {
+        // SAFETY: only presence is looked at.
+        unsafe { TRANSLATED.get(class) }.is_some()
     }
 
     #[inline(always)]
@@ -260,6 +279,42 @@ pub(super) fn keep_out(key: &FlowKey, flow: &OutFlow) -> bool {
 #[inline(always)]
 pub(super) fn keep_in(key: &FlowKey, flow: &InFlow) -> bool {
     FLOWS_IN.insert(key, flow, 0).is_ok()
+}
+
+/// The own connection with this key, as the pod sends it.
+#[inline(always)]
+pub(super) fn own(key: &FlowKey) -> Option<*mut OwnFlow> {
+    OWN.get_ptr_mut(key)
+}
+
+/// Makes the entry of an own connection; `false` if there is one, or no room.
+#[inline(always)]
+pub(super) fn open(key: &FlowKey, flow: &OwnFlow) -> bool {
+    OWN.insert(key, flow, BPF_NOEXIST).is_ok()
+}
+
+/// A class, to be changed in place.
+#[inline(always)]
+pub(super) fn class(key: &ClassKey) -> Option<*mut Class> {
+    CLASSES.get_ptr_mut(key)
+}
+
+/// Makes a class; without room there is none.
+#[inline(always)]
+pub(super) fn make_class(key: &ClassKey, class: &Class) {
+    let _ = CLASSES.insert(key, class, BPF_NOEXIST);
+}
+
+/// The pod reaches this server through a Service.
+#[inline(always)]
+pub(super) fn mark_translated(class: &ClassKey) {
+    // SAFETY: only presence is looked at.
+    if unsafe { TRANSLATED.get(class) }.is_some() {
+        return;
+    }
+    // A constant behind a reference would become a section of the object, and so a map.
+    let value = core::hint::black_box(1);
+    let _ = TRANSLATED.insert(class, &value, 0);
 }
 
 /// Withdraws the entry of a flow that a pod sends.

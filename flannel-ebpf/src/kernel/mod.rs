@@ -7,7 +7,9 @@
 
 mod apply;
 mod counters;
+mod handshake;
 mod maps;
+mod own;
 mod slowed;
 mod trace;
 mod watch;
@@ -18,9 +20,10 @@ use flannel_ebpf::{
     decap::{self, Arrive},
     encap::{self, Leave},
     frame::Frame as _,
-    header::Ethernet,
-    layout::{FAST_PATH_DIRECT, FAST_PATH_LEARNED, FlowKey, NodeConfig, Verdict},
+    header::{self, Ethernet},
+    layout::{FAST_PATH_CLASSES, FAST_PATH_LEARNED, FlowKey, NodeConfig, Verdict},
     learned::Hit,
+    own::opening,
     packet::Packet,
     reason::{Action, Reason},
     sighting::Way,
@@ -28,6 +31,7 @@ use flannel_ebpf::{
 
 use self::{
     maps::KernelTables,
+    own::Own,
     wire::{Wire, sign},
 };
 
@@ -49,12 +53,9 @@ fn learning() -> Option<&'static NodeConfig> {
 pub(crate) fn from_pod(context: TcContext) -> i32 {
     let wire = Wire::new(&context);
     let len = wire.meta().len;
-    let outcome = match maps::node() {
-        Some(node) if node.flags & FAST_PATH_LEARNED != 0 => leave(&context, &wire, node),
-        Some(node) if node.flags & FAST_PATH_DIRECT != 0 => {
-            encap::encapsulate(&wire, &KernelTables).map(|way| apply::send(&context, &way))
-        }
-        _ => Err(Reason::OutFastPathOff),
+    let outcome = match learning() {
+        Some(node) => leave(&context, &wire, node),
+        None => Err(Reason::OutFastPathOff),
     };
     finish(&context, outcome, len)
 }
@@ -78,16 +79,49 @@ fn leave(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Result<(Reason,
             Hit::Kernel { reason, .. } => return Err(reason),
             Hit::End(flow) => {
                 end(Way::Out, &packet.key, &flow.verdict);
-                return Err(Reason::OutBoundary);
+                return unknown_out(context, wire, node, &packet);
             }
         },
-        Leave::Ask(packet) if watch::is_met(&packet, node, Way::Out) => {
-            (packet, Reason::OutUnlearned)
+        Leave::Unknown(packet) => return unknown_out(context, wire, node, &packet),
+        Leave::Kernel(reason) => {
+            if reason == Reason::OutProtocol {
+                own::quoted(wire, ETHERNET, Way::Out);
+            }
+            return Err(reason);
         }
-        Leave::Ask(_) => return Err(Reason::OutUnlearned),
-        Leave::Kernel(reason) => return Err(reason),
     };
     watch::note(wire, ETHERNET, &packet, node, Way::Out, false);
+    Err(reason)
+}
+
+/// From a pod, and no verdict carries it.
+#[inline(always)]
+fn unknown_out(
+    context: &TcContext,
+    wire: &Wire,
+    node: &NodeConfig,
+    packet: &Packet,
+) -> Result<(Reason, i32), Reason> {
+    let mut reason = Reason::OutUnlearned;
+    if packet.key.protocol == header::TCP {
+        match own::out(context, wire, node, packet) {
+            Own::Carried(outcome) => return Ok(outcome),
+            Own::Kernel(reason) => return Err(reason),
+            Own::Stranger => {}
+            Own::Opening => {}
+        }
+        // What the stack makes of it tells whether the next may pass without asking, and whether
+        // the kernel chooses its port.
+        if packet.is_handshake() && opening::is_wanted(node) {
+            watch::note(wire, ETHERNET, packet, node, Way::Out, false);
+            return Err(Reason::OutBoundary);
+        }
+    }
+    if let Err(other) = encap::ask(wire, &KernelTables, node, packet) {
+        reason = other;
+    } else if watch::is_met(packet, node, Way::Out) {
+        watch::note(wire, ETHERNET, packet, node, Way::Out, false);
+    }
     Err(reason)
 }
 
@@ -116,12 +150,9 @@ fn end(way: Way, key: &FlowKey, verdict: &Verdict) {
 pub(crate) fn from_uplink(context: TcContext) -> i32 {
     let wire = Wire::new(&context);
     let len = wire.meta().len;
-    let outcome = match maps::node() {
-        Some(node) if node.flags & FAST_PATH_LEARNED != 0 => arrive(&context, &wire, node),
-        Some(node) if node.flags & FAST_PATH_DIRECT != 0 => {
-            decap::deliver(&wire, &KernelTables).map(|way| apply::deliver(&context, &way))
-        }
-        _ => Err(Reason::InFastPathOff),
+    let outcome = match learning() {
+        Some(node) => arrive(&context, &wire, node),
+        None => Err(Reason::InFastPathOff),
     };
     if let Err(reason) = &outcome
         && let Some(question) = watch::question(*reason)
@@ -148,11 +179,41 @@ fn arrive(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Result<(Reason
             Hit::Kernel { reason, .. } => Err(reason),
             Hit::End(flow) => {
                 end(Way::In, &packet.key, &flow.verdict);
-                Err(Reason::InBoundary)
+                unknown_in(context, wire, node, &packet)
             }
         },
-        Arrive::Kernel(reason) => Err(reason),
+        Arrive::Unknown => match Packet::read(wire, decap::INNER_IP) {
+            Some(packet) => unknown_in(context, wire, node, &packet),
+            None => Err(Reason::InMalformed),
+        },
+        Arrive::Kernel(reason) => {
+            if reason == Reason::InProtocol {
+                own::quoted(wire, decap::INNER_IP, Way::In);
+            }
+            Err(reason)
+        }
     }
+}
+
+/// From a peer, and no verdict carries it.
+#[inline(always)]
+fn unknown_in(
+    context: &TcContext,
+    wire: &Wire,
+    node: &NodeConfig,
+    packet: &Packet,
+) -> Result<(Reason, i32), Reason> {
+    if packet.key.protocol == header::TCP {
+        match own::inward(context, wire, node, packet) {
+            Own::Carried(outcome) => return Ok(outcome),
+            Own::Kernel(reason) => return Err(reason),
+            Own::Stranger | Own::Opening => {}
+        }
+    }
+    if packet.is_handshake() && node.flags & FAST_PATH_CLASSES != 0 {
+        wire.set_sign(sign::KNOWN);
+    }
+    Err(decap::unknown(packet))
 }
 
 /// Ingress of the tunnel device: the packet is whole again, and the stack is about to judge it.
@@ -172,8 +233,9 @@ pub(crate) fn from_tunnel(context: TcContext) -> i32 {
         && let Some(ethernet) = wire.at::<Ethernet>(0)
         && ethernet.ether_type == flannel_ebpf::header::IPV4
         && let Some(packet) = Packet::read(&wire, ETHERNET)
-        && !packet.is_boundary()
-        && (question != sign::STRANGE || watch::is_met(&packet, node, Way::In))
+        && (packet.is_handshake()
+            || !packet.is_boundary()
+                && (question != sign::STRANGE || watch::is_met(&packet, node, Way::In)))
     {
         watch::note(&wire, ETHERNET, &packet, node, Way::In, probe);
     }
@@ -190,9 +252,10 @@ pub(crate) fn to_pod(context: TcContext) -> i32 {
     let Some(node) = learning() else {
         return absorb(&context);
     };
-    // Everything else that a pod receives is none of the tunnel's.
+    // Everything else that a pod receives is none of the tunnel's; a copy goes no further even if
+    // the tunnel device was made anew meanwhile.
     if wire::ingress(&context) != node.tunnel {
-        return NEXT;
+        return absorb(&context);
     }
     let wire = Wire::new(&context);
     let len = wire.meta().len;
@@ -216,17 +279,24 @@ fn absorb(context: &TcContext) -> i32 {
 #[classifier]
 pub(crate) fn to_uplink(context: TcContext) -> i32 {
     let sign = wire::sign(&context);
-    if sign != sign::BYPASSED && sign != sign::NOTED {
-        return NEXT;
+    if sign == sign::BYPASSED {
+        wire::set_sign(&context, sign::NONE);
     }
-    wire::set_sign(&context, sign::NONE);
     if sign == sign::NOTED
         && let Some(node) = learning()
     {
         let wire = Wire::new(&context);
+        // Another agent's hook, of another network, may be behind ours: its packets stay signed.
+        if !encap::is_tunnelled(&wire, node) {
+            return NEXT;
+        }
+        wire::set_sign(&context, sign::NONE);
         let len = wire.meta().len;
         if let Some(reason) = watch::left(&context, &wire, node) {
             counters::count(reason, len);
+            if reason.action() == Action::Dropped {
+                return DROP;
+            }
         }
     }
     NEXT

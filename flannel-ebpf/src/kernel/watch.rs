@@ -7,8 +7,11 @@ use flannel_ebpf::{
     frame::Frame as _,
     hash,
     header::Ethernet,
-    layout::{Candidate, FlowKey, NodeConfig, Note, TEMPLATE_LEN, Trail, Verdict},
+    layout::{
+        Candidate, FAST_PATH_CLASSES, FlowKey, NodeConfig, Note, TEMPLATE_LEN, Trail, Verdict,
+    },
     learn::{self, Arrived, Left},
+    own::opening,
     packet::Packet,
     reason::Reason,
     sighting::{self, Match, Way},
@@ -16,7 +19,7 @@ use flannel_ebpf::{
 };
 
 use super::{
-    ETHERNET,
+    ETHERNET, handshake,
     maps::{self, KernelTables},
     wire::{self, Wire, sign},
 };
@@ -35,7 +38,12 @@ pub(super) fn note(
         return;
     };
     note.at = maps::jiffies();
-    note.generation = KernelTables.epoch().generation;
+    let epoch = KernelTables.epoch();
+    note.generation = if packet.is_handshake() {
+        epoch.class_generation
+    } else {
+        epoch.generation
+    };
     note.ifindex = wire.meta().ifindex;
     note.probe = u8::from(probe);
     let (Some(trail), Some(place)) = (
@@ -107,6 +115,34 @@ pub(super) const fn question(reason: Reason) -> Option<u32> {
 /// What a match needs of its note.
 struct Found {
     slot: *mut Note,
+}
+
+/// The note of a packet that leaves, used up, and how the two compare; without a note, or where
+/// two may be meant, nothing is known of the packet.
+#[inline(always)]
+pub(super) fn matched(leaving: &Note, node: &NodeConfig, way: Way) -> (Option<*mut Note>, Match) {
+    const UNKNOWN: (Option<*mut Note>, Match) = (None, Match::None);
+    let place = sighting::trail_place(leaving, way, node.seed);
+    // SAFETY: per-CPU values; programs at TC do not interrupt each other on one CPU.
+    unsafe {
+        let Some(trail) = maps::trail(way, place).map(|trail| *trail) else {
+            return UNKNOWN;
+        };
+        if trail.note == 0 {
+            return UNKNOWN;
+        }
+        let Some(slot) = maps::note(way, u32::from(trail.note) - 1) else {
+            return UNKNOWN;
+        };
+        match sighting::compare(&*slot, leaving, way) {
+            Match::None => UNKNOWN,
+            _ if trail.ambiguous != 0 => UNKNOWN,
+            outcome => {
+                (*slot).live = 0;
+                (Some(slot), outcome)
+            }
+        }
+    }
 }
 
 /// The note of a packet that leaves.
@@ -187,15 +223,16 @@ fn enough(way: Way, outcome: u64, note: &Note) -> bool {
 /// What the stack made of a pod's packet: sighting at the egress of the uplink.
 #[inline(always)]
 pub(super) fn left(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Option<Reason> {
-    if !encap::is_tunnelled(wire, node) {
-        return None;
-    }
     let packet = Packet::read(wire, encap::INNER_IP)?;
-    if packet.is_boundary() {
+    let is_handshake = opening::is_wanted(node) && packet.is_handshake();
+    if packet.is_boundary() && !is_handshake {
         return None;
     }
     let mut leaving = sighting::note(wire, encap::INNER_IP, &packet)?;
     leaving.at = maps::jiffies();
+    if is_handshake {
+        return handshake::left(context, wire, &packet, &leaving, node);
+    }
     let found = match find(&leaving, node, Way::Out) {
         Ok(found) => found,
         Err(reason) => return Some(reason),
@@ -258,11 +295,15 @@ pub(super) fn left(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Optio
 #[inline(always)]
 pub(super) fn arrived(wire: &Wire, node: &NodeConfig) -> Option<Reason> {
     let packet = Packet::read(wire, ETHERNET)?;
-    if packet.is_boundary() {
+    let is_handshake = node.flags & FAST_PATH_CLASSES != 0 && packet.is_handshake();
+    if packet.is_boundary() && !is_handshake {
         return None;
     }
     let mut leaving = sighting::note(wire, ETHERNET, &packet)?;
     leaving.at = maps::jiffies();
+    if is_handshake {
+        return handshake::arrived(wire, &packet, &leaving, node);
+    }
     let found = match find(&leaving, node, Way::In) {
         Ok(found) => found,
         Err(reason) => return Some(reason),

@@ -5,11 +5,12 @@ use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode, sync::Arc, time
 use flannel_ebpf::layout::LAYOUT_VERSION;
 use flannel_user::{
     agent::{self, Options},
-    config::{Flags, ForgedVxlan},
+    config::{Classes, Flags, ForgedVxlan},
     datapath::ebpf::EbpfOptions,
     source::{LeaseSource, etcd::EtcdSource, file::FileSource},
     uplink::UplinkChoice,
 };
+use ipnet::Ipv4Net;
 use tracing::{error, info, warn};
 use tracing_subscriber::EnvFilter;
 
@@ -60,6 +61,7 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
         renew_margin: flags.renew_margin(),
         datapath: flags.datapath,
         fast_path: flags.fast_path,
+        classes: flags.fast_path_classes == Classes::Auto,
         exclusions: flags.fast_path_exclude.iter().cloned().collect(),
         drop_forged: flags.forged_vxlan == ForgedVxlan::Drop,
         control_socket: flags.control_socket.clone(),
@@ -67,6 +69,7 @@ fn run(flags: &Flags) -> anyhow::Result<()> {
         ebpf: EbpfOptions {
             bpf_dir: flags.bpf_dir.clone(),
             vni: 0,
+            network: Ipv4Net::default(),
             attach: flags.tc_attach,
             flows: flags.fast_path_flows,
             validity: flags.fast_path_revalidate,

@@ -3,7 +3,7 @@
 use std::{fs, net::Ipv4Addr};
 
 use flannel_ebpf::layout::{
-    DROP_FORGED, FAST_PATH_DIRECT, FAST_PATH_LEARNED, HAS_EXCLUSIONS, NodeConfig,
+    DROP_FORGED, FAST_PATH_CLASSES, FAST_PATH_DIRECT, FAST_PATH_LEARNED, HAS_EXCLUSIONS, NodeConfig,
 };
 
 use crate::{mac::MacAddr, network::FastPath};
@@ -66,6 +66,8 @@ pub struct NodeFacts {
     pub vtep_mac: MacAddr,
     /// Which packets the programs may take.
     pub fast_path: FastPath,
+    /// Short connections too, with learned.
+    pub classes: bool,
     /// Some addresses or ports are never bypassed.
     pub has_exclusions: bool,
     /// Drop tunnel packets that no known peer can have sent. Only right while
@@ -79,7 +81,8 @@ pub fn compose(facts: &NodeFacts, settings: &KernelSettings) -> NodeConfig {
     let (first, last) = settings.port_range;
     let fast_path = match facts.fast_path {
         FastPath::Off => 0,
-        FastPath::Direct => FAST_PATH_DIRECT,
+        FastPath::Direct => FAST_PATH_DIRECT | FAST_PATH_LEARNED,
+        FastPath::Learned if facts.classes => FAST_PATH_LEARNED | FAST_PATH_CLASSES,
         FastPath::Learned => FAST_PATH_LEARNED,
     };
     let exclusions = if facts.has_exclusions {

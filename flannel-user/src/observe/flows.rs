@@ -8,6 +8,8 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use super::classes::ClassRow;
+
 /// Which flows are asked for; what is not given does not matter.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -63,6 +65,12 @@ pub struct Flows {
     pub matching: usize,
     /// Of these, those with most packets.
     pub flows: Vec<Flow>,
+    /// Classes of connections that were asked for, those that opened most first.
+    #[serde(default)]
+    pub classes: Vec<ClassRow>,
+    /// No class opens a connection at present, for this reason.
+    #[serde(default)]
+    pub classes_off: Option<String>,
 }
 
 /// How full a flow table is.

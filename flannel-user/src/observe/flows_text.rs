@@ -6,6 +6,7 @@ use std::{
 };
 
 use super::{
+    classes,
     flows::{Direction, Flow, Flows},
     text::pressure,
 };
@@ -53,13 +54,18 @@ pub fn render(flows: &Flows) -> Result<String, fmt::Error> {
             flows.matching
         )?;
     }
+    if let Some(reason) = &flows.classes_off {
+        writeln!(out, "classes    OFF: {reason}")?;
+    }
     if flows.flows.is_empty() {
+        classes::render(&mut out, &flows.classes)?;
         return Ok(out);
     }
     out.push('\n');
     let rows: Vec<[String; 10]> = flows.flows.iter().map(cells).collect();
     table(&mut out, &rows);
     legend(&mut out, &flows.flows)?;
+    classes::render(&mut out, &flows.classes)?;
     Ok(out)
 }
 
@@ -202,6 +208,8 @@ mod tests {
             tcp_held: None,
             matching: flows.len(),
             flows,
+            classes: Vec::new(),
+            classes_off: None,
         }
     }
 

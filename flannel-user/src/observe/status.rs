@@ -6,7 +6,7 @@ use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
 use super::flows::Table;
-use crate::network::FastPath;
+use crate::{datapath::ebpf::OwnState, network::FastPath};
 
 /// Which datapath carries pod traffic now. The kernel path is complete in both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -163,6 +163,9 @@ pub struct BypassStatus {
     pub table_out: Table,
     /// Table of what pods receive.
     pub table_in: Table,
+    /// Connections that bypass from their SYN on.
+    #[serde(default)]
+    pub own: Option<OwnState>,
 }
 
 /// Settings of conntrack that stay until no flow that bypassed it can live.
@@ -182,7 +185,7 @@ pub const fn fast_path_text(fast_path: FastPath) -> &'static str {
         FastPath::Off => "programs count, the kernel forwards; switch on with --fast-path learned",
         FastPath::Learned => "flows go the way that the kernel has shown",
         FastPath::Direct => {
-            "every packet to a peer's subnet; BLIND TO POLICIES: neither NetworkPolicy nor any other rule of netfilter holds for them"
+            "TCP between pods from its SYN on; BLIND TO POLICIES: neither NetworkPolicy nor any other rule of netfilter holds for new connections"
         }
     }
 }

@@ -9,7 +9,7 @@ use super::{
     flows::Table,
     status::{BypassStatus, CounterStatus, Mode, Status},
 };
-use crate::network::FastPath;
+use crate::{datapath::ebpf::OwnState, network::FastPath};
 
 /// Renders the whole state, most important first.
 ///
@@ -158,6 +158,42 @@ fn render_bypass(out: &mut String, bypass: &BypassStatus) -> fmt::Result {
         received.flows,
         sent.capacity,
         pressure(sent, received)
+    )?;
+    match &bypass.own {
+        Some(own) => render_own(out, own),
+        None => Ok(()),
+    }
+}
+
+/// Which connections open without asking.
+fn kind(own: &OwnState) -> String {
+    if own.by_class {
+        format!(
+            "from the SYN on by class ({} classes, each asks every {:.0} s)",
+            own.classes, own.class_validity_seconds
+        )
+    } else {
+        "from the SYN on".to_owned()
+    }
+}
+
+fn render_own(out: &mut String, own: &OwnState) -> fmt::Result {
+    if !own.wanted && own.live + own.closed == 0 {
+        return Ok(());
+    }
+    let state = match &own.paused {
+        Some(reason) => format!("NONE OPEN: {reason}; "),
+        None if own.wanted => String::new(),
+        None => "no more open; ".to_owned(),
+    };
+    writeln!(
+        out,
+        "           {}: {state}{} live, {} closing, {} handed over to conntrack, {} refused there",
+        kind(own),
+        own.live,
+        own.closed,
+        own.handed_over,
+        own.refused
     )
 }
 
@@ -282,6 +318,7 @@ mod tests {
                 generations: 7,
                 table_out: Table::default(),
                 table_in: table,
+                own: None,
             };
             let status = Status {
                 bypass: Some(bypass),

@@ -13,7 +13,7 @@ pub enum Way {
     Uplink,
     /// The tunnel device, no program.
     Kernel,
-    /// The programs, not the tunnel device.
+    /// The programs, short flows as well.
     Programs,
     /// The programs, after the kernel has let a flow's first packets pass.
     Learned,
@@ -77,7 +77,7 @@ impl fmt::Display for Seen {
     }
 }
 
-/// A learned long flow may show the kernel one packet in so many.
+/// A flow of the programs may show the kernel one packet in so many.
 const LEARNED_SHARE: u64 = 20;
 /// But always so many: every one of a few flows begins and ends in the kernel, also where
 /// segmentation offload makes few packets of it.
@@ -96,16 +96,15 @@ impl Way {
             Self::Uplink | Self::Veth => link >= packets && programs == 0 && tunnel == 0,
             Self::Kernel => tunnel >= packets && programs == 0,
             Self::Tunnelled => programs + tunnel >= packets,
-            Self::Programs => programs >= packets && tunnel == 0,
-            Self::Learned => match flows {
-                Flows::Long => {
-                    programs + tunnel >= packets
-                        && tunnel.saturating_mul(LEARNED_SHARE)
-                            <= programs.max(LEARNED_SHARE * BEGINNINGS)
-                }
-                Flows::Many => programs + tunnel >= packets && programs >= tunnel / 4,
-                Flows::Short => programs + tunnel >= packets,
-            },
+            Self::Learned if flows == Flows::Short => programs + tunnel >= packets,
+            Self::Programs | Self::Learned if flows == Flows::Many => {
+                programs + tunnel >= packets && programs >= tunnel / 4
+            }
+            Self::Programs | Self::Learned => {
+                programs + tunnel >= packets
+                    && tunnel.saturating_mul(LEARNED_SHARE)
+                        <= programs.max(LEARNED_SHARE * BEGINNINGS)
+            }
         }
     }
 }
@@ -125,8 +124,6 @@ mod tests {
     #[test]
     fn one_packet_on_the_wrong_way_is_enough() {
         let holds = |way: Way, seen| way.holds(Flows::Long, seen, 1000);
-        assert!(holds(Way::Programs, seen(1000, 0, 1000)));
-        assert!(!holds(Way::Programs, seen(1000, 1, 1000)));
         assert!(holds(Way::Kernel, seen(0, 1000, 1000)));
         assert!(!holds(Way::Kernel, seen(1, 1000, 1000)));
         assert!(holds(Way::Uplink, seen(0, 0, 1000)));
@@ -138,7 +135,8 @@ mod tests {
         for way in [Way::Uplink, Way::Kernel, Way::Programs, Way::Learned] {
             assert!(!way.holds(Flows::Long, seen(0, 0, 0), 1));
         }
-        assert!(!Way::Programs.holds(Flows::Long, seen(999, 0, 0), 1000));
+        assert!(!Way::Programs.holds(Flows::Short, seen(999, 0, 0), 1000));
+        assert!(!Way::Programs.holds(Flows::Short, seen(0, 1000, 0), 1000));
     }
 
     #[test]

@@ -132,11 +132,11 @@ pub fn all() -> Vec<Side> {
         ),
         side(
             "direct",
-            "pods by the programs from the first packet on, blind to netfilter",
+            "pods by the programs, TCP between them from the SYN on, blind to policies",
             pods("ebpf", "direct"),
             Way::Programs,
-            // A Service's reply reaches the pod untranslated.
-            None,
+            // What netfilter translates is learned with its translation.
+            Some(Way::Learned),
         ),
         side(
             "veth",

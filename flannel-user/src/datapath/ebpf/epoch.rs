@@ -105,6 +105,7 @@ impl Generation {
         let generation = Self(Arc::new(Mutex::new(inner)));
         generation.set_validity(validity);
         generation.raise();
+        generation.raise_classes();
         Ok(generation)
     }
 
@@ -165,6 +166,33 @@ impl Generation {
         });
     }
 
+    /// Something changed that may change what a class stands for: without the pause that
+    /// [`Generation::raise`] needs between two.
+    pub(super) fn raise_classes(&self) {
+        self.update(|epoch, _| epoch.class_generation = epoch.class_generation.wrapping_add(1));
+    }
+
+    /// How long a class holds until it asks again, and how long the answer may take.
+    pub(super) fn set_class_validity(&self, validity: Duration, patience: Duration) {
+        self.update(|epoch, clock| {
+            epoch.class_validity = clock.ticks(validity);
+            epoch.class_patience = clock.ticks(patience);
+        });
+    }
+
+    /// Lets connections open for so long from now; nothing for not at all.
+    pub(super) fn open_own(&self, reach: Option<Duration>) {
+        self.update(|epoch, clock| {
+            let now = clock.now();
+            epoch.own_until = reach.map_or(now, |reach| now.wrapping_add(clock.ticks(reach)));
+        });
+    }
+
+    /// How long the entry of a closed own connection may be taken for the next one.
+    pub(super) fn linger(&self, linger: Duration) {
+        self.update(|epoch, clock| epoch.own_linger = clock.ticks(linger));
+    }
+
     /// Sets the clock anew: ours and the kernel's drift apart.
     pub fn set_clock(&self, jiffies: u32) {
         self.with(|inner| inner.clock = Clock::new(jiffies));
@@ -181,6 +209,24 @@ impl Generation {
     pub fn value(&self) -> Epoch {
         self.with(|inner| inner.value)
     }
+}
+
+/// Lets no own connection open by the pinned maps of the directory `maps`, which nobody keeps.
+///
+/// # Errors
+/// The map could not be opened, read or written.
+pub(super) fn close_own(maps: &Path) -> Result<(), EbpfError> {
+    let mut epoch: Array<MapData, Epoch> = pinned(maps, EPOCH)?;
+    let failed = |action| {
+        move |source| EbpfError::Map {
+            action,
+            map: EPOCH,
+            source,
+        }
+    };
+    let mut value = epoch.get(&0, 0).map_err(failed("read"))?;
+    value.flags = 0;
+    epoch.set(0, value, 0).map_err(failed("write"))
 }
 
 /// A second handle on a pinned array.

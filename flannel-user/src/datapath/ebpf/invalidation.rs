@@ -15,7 +15,7 @@ use std::{
         unix::net::UnixStream,
     },
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, mpsc::Sender},
     thread,
     time::{Duration, Instant},
 };
@@ -40,6 +40,7 @@ use tracing::{debug, info, warn};
 use super::{
     EbpfError,
     epoch::{Generation, pinned},
+    own::Command,
 };
 use crate::datapath::conntrack::{Conntrack, Standing};
 
@@ -97,6 +98,7 @@ impl Invalidation {
         generation: Generation,
         conntrack: Conntrack,
         validity: Duration,
+        own: Option<Sender<Command>>,
     ) -> Result<Self, EbpfError> {
         let counters = pinned(maps, COUNTERS)?;
         let failed = |source| EbpfError::Watch { source };
@@ -116,6 +118,7 @@ impl Invalidation {
             )
             .map_err(failed)?,
             generation,
+            own,
             conntrack,
             counters,
             state: Arc::clone(&state),
@@ -163,6 +166,8 @@ struct Watch {
     xfrm: Option<Socket>,
     routes: Socket,
     generation: Generation,
+    /// Who hands over what conntrack does not know yet.
+    own: Option<Sender<Command>>,
     conntrack: Conntrack,
     counters: PerCpuArray<MapData, Tally>,
     state: Arc<Mutex<Bypass>>,
@@ -196,6 +201,8 @@ impl Watch {
                 self.hold_while_queued();
             }
             if ready.rules || ready.ways {
+                self.generation.raise_classes();
+                self.hand_over_own();
                 self.pending = true;
             }
             if self.pending && self.raised.elapsed() >= self.gap {
@@ -276,6 +283,12 @@ impl Watch {
         }
     }
 
+    fn hand_over_own(&self) {
+        if let Some(own) = &self.own {
+            let _ = own.send(Command::HandOver);
+        }
+    }
+
     fn with_state(&self, change: impl FnOnce(&mut Bypass)) {
         change(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner));
     }
@@ -311,6 +324,7 @@ impl Watch {
         };
         if let Some(tcp) = changed {
             self.generation.allow(held.is_none(), held.is_none() && tcp);
+            self.hand_over_own();
             match held {
                 Some(reason) => warn!(reason, "no packet bypasses the stack"),
                 None => info!("packets may bypass the stack"),
@@ -339,6 +353,7 @@ impl Watch {
                         .is_none(),
                     false,
                 );
+                self.hand_over_own();
                 let first = !self.conntrack.is_changed();
                 match self.conntrack.prepare() {
                     Standing::Fit if first => Standing::Fit,

@@ -21,6 +21,7 @@ pub mod epoch;
 mod flows;
 pub mod invalidation;
 mod object;
+mod own;
 mod pins;
 mod tables;
 mod trace;
@@ -31,18 +32,22 @@ use flannel_ebpf::{
     layout::{FAST_PATH_LEARNED, LocalPod, NodeConfig, POD_IN_KERNEL, Tally},
     reason::Reason,
 };
+use ipnet::Ipv4Net;
+use tracing::debug;
 
 use self::{
     attach::Attachments,
     epoch::{Clock, Generation},
     flows::{FlowTables, Learned},
     invalidation::{Bypass, Invalidation},
+    own::{ClassTable, Opening, OwnFlows},
     pins::PinDir,
     tables::MapTables,
 };
 pub use self::{
     attach::{CLSACT_PRIORITY, TcAttach},
     object::Programs,
+    own::OwnState,
     tables::Addresses,
 };
 use super::{conntrack::Conntrack, exclusion::Exclusions, pods::Pod, remotes::Remotes};
@@ -123,6 +128,8 @@ pub struct EbpfOptions {
     pub bpf_dir: PathBuf,
     /// Names the network on this host: several agents may run with one VNI each.
     pub vni: u32,
+    /// All pod subnets.
+    pub network: Ipv4Net,
     /// How programs are attached.
     pub attach: TcAttach,
     /// Flows of each direction that the tables hold.
@@ -171,8 +178,13 @@ pub struct EbpfDatapath {
     attachments: Attachments,
     generation: Generation,
     flows: FlowTables,
+    classes: ClassTable,
     /// While ways are learned.
     invalidation: Option<Invalidation>,
+    /// The same: what an agent before us opened is handed over even if nothing opens any more.
+    own: Option<OwnFlows>,
+    /// What an earlier agent had left of own connections was handed over.
+    is_emptied: bool,
     options: EbpfOptions,
     pins: PinDir,
     _trace: Option<trace::Trace>,
@@ -192,6 +204,7 @@ impl EbpfDatapath {
         let jiffies = programs.jiffies()?;
         let generation = Generation::open(&pins.maps(), jiffies, options.validity)?;
         let flows = FlowTables::open(&pins.maps(), options.flows)?;
+        let classes = ClassTable::open(&pins.maps())?;
         let attachments = Attachments::new(options.attach, options.vni);
         Ok(Self {
             programs,
@@ -199,7 +212,10 @@ impl EbpfDatapath {
             attachments,
             generation,
             flows,
+            classes,
             invalidation: None,
+            own: None,
+            is_emptied: false,
             options: options.clone(),
             pins,
             _trace: trace,
@@ -227,14 +243,28 @@ impl EbpfDatapath {
             self.generation.set_clock(jiffies);
         }
         // Before anything may bypass the stack, the stack is made ready and watched.
-        if wanted.node.flags & FAST_PATH_LEARNED == 0 {
+        let learned = wanted.node.flags & FAST_PATH_LEARNED != 0;
+        if !learned {
             self.invalidation = None;
-        } else if self.invalidation.is_none() {
+            self.own = None;
+            // The programs will carry nothing: whatever an agent before us opened goes first.
+            if !std::mem::replace(&mut self.is_emptied, true) {
+                own::hand_over_all(&self.pins.maps())?;
+            }
+        } else if self.own.is_none() {
+            self.own = Some(OwnFlows::start(
+                &self.pins.maps(),
+                self.generation.clone(),
+                self.options.network,
+            )?);
+        }
+        if learned && self.invalidation.is_none() {
             self.invalidation = Some(Invalidation::start(
                 &self.pins.maps(),
                 self.generation.clone(),
                 Conntrack::new(self.options.conntrack_memory.clone()),
                 self.options.validity,
+                self.own.as_ref().and_then(OwnFlows::commands),
             )?);
         }
         self.tables.exclude(&wanted.exclusions)?;
@@ -243,6 +273,10 @@ impl EbpfDatapath {
         let report = self
             .attachments
             .sync(&mut self.programs, &self.pins, wanted, thorough);
+        // Now that every SYN which takes the stack is seen.
+        if let Some(own) = &self.own {
+            own.allow(Opening::of(&wanted.node));
+        }
         if report.failures.is_empty() {
             self.pins.forget_other_layouts()?;
         }
@@ -277,6 +311,7 @@ impl EbpfDatapath {
             generations: bypass.raised,
             table_out,
             table_in,
+            own: self.own.as_ref().map(OwnFlows::state),
         }))
     }
 
@@ -297,6 +332,15 @@ impl EbpfDatapath {
         } = self
             .flows
             .read(filter, epoch, || programs.jiffies().map(Clock::new))?;
+        let own = self.own.as_ref().map(OwnFlows::state).unwrap_or_default();
+        let mut classes = self.classes.read(
+            |row| row.is_taken(filter),
+            |address| self.tables.remote(address),
+            &epoch,
+            &Clock::new(programs.jiffies()?),
+        )?;
+        classes.sort_by_key(|row| std::cmp::Reverse(row.opened));
+        classes.truncate(filter.limit.unwrap_or(usize::MAX));
         Ok(Some(Flows {
             table_out,
             table_in,
@@ -304,6 +348,8 @@ impl EbpfDatapath {
             tcp_held: bypass.tcp_held,
             matching: flows.len(),
             flows: filter.shown(flows),
+            classes,
+            classes_off: own.paused.filter(|_| own.by_class),
         }))
     }
 
@@ -327,16 +373,21 @@ impl EbpfDatapath {
             attachments,
             generation,
             flows,
+            classes,
             invalidation,
+            own,
+            is_emptied: _,
             options: _,
             pins,
             _trace,
         } = self;
+        // What conntrack does not know yet is handed over while the programs still carry it.
+        drop(own);
         // Nothing bypasses the stack any more while the programs go one by one.
         generation.allow(false, false);
         drop(invalidation);
         attachments.detach_all(&pins);
-        drop((programs, tables, flows));
+        drop((programs, tables, flows, classes));
         pins.remove_all()
     }
 
@@ -348,6 +399,9 @@ impl EbpfDatapath {
         let Some(pins) = PinDir::existing(options) else {
             return Ok(());
         };
+        if let Err(error) = own::hand_over_all(&pins.maps()) {
+            debug!(%error, "an agent of another version left its connections to the stack");
+        }
         Attachments::new(options.attach, options.vni).detach_all(&pins);
         pins.remove_all()
     }

@@ -313,6 +313,12 @@ impl MapTables {
         forget(FLOWS_IN, &mut self.flows_in)
     }
 
+    /// Who has an address.
+    pub(super) fn remote(&self, address: std::net::Ipv4Addr) -> Option<RemoteSubnet> {
+        let key = Key::new(32, address.octets());
+        self.remotes.map.get(&key, 0).ok()
+    }
+
     /// Every outcome, summed over all CPUs.
     pub(super) fn counters(&self) -> Result<Vec<(Reason, Tally)>, EbpfError> {
         Reason::ALL

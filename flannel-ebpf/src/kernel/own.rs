@@ -1,0 +1,251 @@
+//! Carrying own connections.
+
+use aya_ebpf::programs::TcContext;
+use flannel_ebpf::{
+    decap,
+    encap::{self, INNER_IP},
+    frame::Frame as _,
+    layout::{Class, FlowKey, LocalPod, NodeConfig, OwnFlow, generation_slot},
+    own::{
+        self, Meeting, Segment, Stage,
+        class::{self, Now, Standing},
+        opening, quoted as quotation,
+    },
+    packet::Packet,
+    reason::Reason,
+    sighting::Way,
+    tables::Tables as _,
+};
+use network_types::{ip::Ipv4Hdr, tcp::TcpHdr};
+
+use super::{
+    ETHERNET, apply, counters,
+    maps::{self, KernelTables},
+    wire::Wire,
+};
+
+/// What became of a TCP packet without a verdict.
+pub(super) enum Own {
+    /// It was sent on.
+    Carried((Reason, i32)),
+    /// It is an own connection's, but the stack has to have it.
+    Kernel(Reason),
+    /// A SYN that did not open an own connection.
+    Opening,
+    /// No own connection's.
+    Stranger,
+}
+
+#[inline(always)]
+fn segment(wire: &Wire, ip: usize) -> Option<Segment> {
+    let tcp = wire.at::<TcpHdr>(ip + Ipv4Hdr::LEN)?;
+    Some(Segment {
+        flags: flannel_ebpf::header::tcp_flags(tcp),
+        seq: tcp.seq,
+        ack: tcp.ack_seq,
+    })
+}
+
+/// A packet that a pod sent.
+#[inline(always)]
+pub(super) fn out(context: &TcContext, wire: &Wire, node: &NodeConfig, packet: &Packet) -> Own {
+    let entry = maps::own(&packet.key);
+    let is_opening = own::is_opening(packet.tcp_flags);
+    if entry.is_none() && !is_opening {
+        return Own::Stranger;
+    }
+    if is_opening && !opening::is_wanted(node) {
+        return refused(entry);
+    }
+    let way = match encap::encapsulate(wire, &KernelTables, node) {
+        Ok(way) => way,
+        Err(_) if is_opening => return refused(entry),
+        Err(reason) => return recalled(entry, reason),
+    };
+    if let Err(answer) = admit(
+        wire,
+        node,
+        way.pod,
+        packet,
+        &packet.key,
+        Way::Out,
+        ETHERNET,
+        entry,
+    ) {
+        return answer;
+    }
+    Own::Carried(apply::send(context, &way))
+}
+
+/// A packet that a peer sent, and a genuine one.
+#[inline(always)]
+pub(super) fn inward(context: &TcContext, wire: &Wire, node: &NodeConfig, packet: &Packet) -> Own {
+    let key = packet.key.reversed();
+    let entry = maps::own(&key);
+    let is_opening = own::is_opening(packet.tcp_flags);
+    if entry.is_none() && !is_opening {
+        return Own::Stranger;
+    }
+    if is_opening && !opening::is_wanted(node) {
+        return refused(entry);
+    }
+    let way = match decap::deliver(wire, &KernelTables, node) {
+        Ok(way) => way,
+        Err(_) if is_opening => return refused(entry),
+        Err(reason) => return recalled(entry, reason),
+    };
+    if let Err(answer) = admit(wire, node, way.pod, packet, &key, Way::In, INNER_IP, entry) {
+        return answer;
+    }
+    Own::Carried(apply::deliver(context, &way))
+}
+
+/// A SYN that takes the stack.
+#[inline(always)]
+fn refused(entry: Option<*mut OwnFlow>) -> Own {
+    if let Some(entry) = entry {
+        // SAFETY: a map's value; single bytes, which nobody sets back.
+        unsafe { own::leave_to_kernel(&mut *entry) };
+    }
+    Own::Opening
+}
+
+/// A packet of an own connection that only the stack can carry.
+#[inline(always)]
+fn recalled(entry: Option<*mut OwnFlow>, reason: Reason) -> Own {
+    if let Some(entry) = entry {
+        // SAFETY: a map's value; a single byte, which nobody sets back.
+        unsafe { (*entry).recalled = 1 };
+        counters::count(Reason::OwnRecalled, 0);
+    }
+    Own::Kernel(reason)
+}
+
+/// Lets the packet into its connection's entry, or a SYN make one. `key` is as the pod sends it.
+#[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "inlined: no call is made")]
+fn admit(
+    wire: &Wire,
+    node: &NodeConfig,
+    pod: &LocalPod,
+    packet: &Packet,
+    key: &FlowKey,
+    way: Way,
+    ip: usize,
+    entry: Option<*mut OwnFlow>,
+) -> Result<(), Own> {
+    let now = maps::jiffies();
+    if !own::is_opening(packet.tcp_flags) {
+        let (Some(entry), Some(segment)) = (entry, segment(wire, ip)) else {
+            return Err(Own::Stranger);
+        };
+        // SAFETY: a map's value that only the agent deletes, long after its last packet; each end
+        // writes its own bytes.
+        let flow = unsafe { &mut *entry };
+        let before = own::stage(flow);
+        if !own::advance(flow, way, segment, now) {
+            return Err(Own::Stranger);
+        }
+        if before < Stage::Established
+            && own::stage(flow) >= Stage::Established
+            && opening::needs_class(node)
+        {
+            let opener = if flow.opener == Way::Out as u8 {
+                Way::Out
+            } else {
+                Way::In
+            };
+            if let Some(class) = maps::class(&opening::class(key, opener)) {
+                // SAFETY: a map's value; a lost count is found again.
+                unsafe { class::settles(&mut *class) };
+            }
+        }
+        return Ok(());
+    }
+    let len = wire.meta().len;
+    if let Err(reason) = opening::may_open(&KernelTables, node, pod, key, way) {
+        counters::count(reason, len);
+        return Err(refused(entry));
+    }
+    let epoch = KernelTables.epoch();
+    let class = if opening::needs_class(node) {
+        match ask_class(packet, key, way, now) {
+            Ok(class) => Some(class),
+            Err(reason) => {
+                counters::count(reason, len);
+                return Err(refused(entry));
+            }
+        }
+    } else {
+        None
+    };
+    let opens = || {
+        counters::count(Reason::OwnOpened, len);
+        if let Some(class) = class {
+            // SAFETY: a map's value; a lost count is found again.
+            unsafe { class::opens(&mut *class, &epoch, now) };
+        }
+    };
+    let flow = own::opened(way, epoch.generation, now);
+    let Some(entry) = entry else {
+        if maps::open(key, &flow) {
+            opens();
+            return Ok(());
+        }
+        counters::count(Reason::OwnFull, len);
+        return Err(Own::Opening);
+    };
+    // SAFETY: as above.
+    match unsafe { own::meets(&*entry, now, epoch.own_linger) } {
+        Meeting::Reopens => {
+            // SAFETY: as above.
+            unsafe { *entry = flow };
+            opens();
+            Ok(())
+        }
+        Meeting::Passes => Ok(()),
+        Meeting::Refused => {
+            counters::count(Reason::OwnEnding, len);
+            Err(refused(Some(entry)))
+        }
+    }
+}
+
+/// May a SYN of this class open a connection? If so, the class.
+#[inline(always)]
+fn ask_class(packet: &Packet, key: &FlowKey, way: Way, now: u32) -> Result<*mut Class, Reason> {
+    let entry = maps::class(&opening::class(key, way)).ok_or(Reason::OwnNoClass)?;
+    let peer = KernelTables.remote(key.dst).ok_or(Reason::OwnNoClass)?;
+    let now = Now {
+        jiffies: now,
+        pod: KernelTables.generation(generation_slot(key.src)),
+        peer: KernelTables.generation(generation_slot(peer.node)),
+    };
+    // SAFETY: a map's value; the agent deletes only what was long unused.
+    let class = unsafe { &mut *entry };
+    match class::standing(class, &KernelTables.epoch(), &now, packet.tos & 0xfc)? {
+        Standing::Open => Ok(entry),
+        Standing::Ask => {
+            class.pending = 1;
+            Err(Reason::OwnProbe)
+        }
+    }
+}
+
+/// Hands over the connection that an ICMP error speaks of: conntrack would call the error INVALID.
+#[inline(always)]
+pub(super) fn quoted(wire: &Wire, ip: usize, way: Way) {
+    let Some(quoted) = quotation::flow(wire, ip) else {
+        return;
+    };
+    // What comes in is about what the pod has sent.
+    let key = match way {
+        Way::In => quoted,
+        Way::Out => quoted.reversed(),
+    };
+    if let Some(entry) = maps::own(&key) {
+        // SAFETY: a map's value; a single byte, which nobody sets back.
+        unsafe { (*entry).recalled = 1 };
+        counters::count(Reason::OwnQuoted, wire.meta().len);
+    }
+}

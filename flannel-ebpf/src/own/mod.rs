@@ -1,0 +1,192 @@
+//! Own connections: TCP that bypasses the stack from its SYN on, unknown to
+//! conntrack for about a second.
+//!
+//! One entry for both directions says how far a connection is, as exactly as
+//! the agent needs it to hand the connection over to conntrack, and no more:
+//! what the two ends make of each other's packets is theirs. Whatever belongs
+//! to a live entry is carried; the entry only ever learns from it.
+//!
+//! * [`entry`]: what the maps hold.
+//! * [`opening`]: may a SYN open a connection?
+//! * [`class`]: what the stack has said about connections that are alike.
+//! * [`quoted`]: of which connection an ICMP error speaks.
+
+pub mod class;
+pub mod entry;
+pub mod opening;
+pub mod quoted;
+
+use self::entry::{
+    END_ACK, END_DOUBTFUL_RST, END_ESTABLISHED, END_FIN, END_RST, END_SYN_ACK, OwnEnd, OwnFlow,
+};
+use crate::{
+    packet::{ACK, FIN, RST, SYN},
+    sighting::Way,
+};
+
+/// What an entry wants to know of a TCP packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Flags.
+    pub flags: u8,
+    /// Sequence number, as on the wire.
+    pub seq: [u8; 4],
+    /// Acknowledgement number, as on the wire.
+    pub ack: [u8; 4],
+}
+
+/// How far a connection is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    /// A SYN was sent.
+    Opening,
+    /// And answered.
+    Answered,
+    /// And the answer acknowledged.
+    Established,
+    /// One end has sent its FIN.
+    HalfClosed,
+    /// Both have.
+    Closed,
+    /// A RST ended it.
+    Reset,
+}
+
+/// Is it a SYN without an ACK: the first packet of a connection?
+#[inline(always)]
+#[must_use]
+pub const fn is_opening(flags: u8) -> bool {
+    flags & (SYN | ACK | RST | FIN) == SYN
+}
+
+/// The entry of a connection whose SYN goes this way.
+#[inline(always)]
+#[must_use]
+pub fn opened(way: Way, generation: u32, now: u32) -> OwnFlow {
+    OwnFlow {
+        born: now,
+        generation,
+        opener: way as u8,
+        ..OwnFlow::default()
+    }
+}
+
+/// How far it is.
+#[inline(always)]
+#[must_use]
+pub const fn stage(flow: &OwnFlow) -> Stage {
+    let either = flow.pod.sent | flow.peer.sent;
+    let both = flow.pod.sent & flow.peer.sent;
+    if either & END_RST != 0 {
+        Stage::Reset
+    } else if both & END_FIN != 0 {
+        Stage::Closed
+    } else if either & END_FIN != 0 {
+        Stage::HalfClosed
+    } else if either & END_ESTABLISHED != 0 {
+        Stage::Established
+    } else if either & END_SYN_ACK != 0 {
+        Stage::Answered
+    } else {
+        Stage::Opening
+    }
+}
+
+/// Is it over?
+#[inline(always)]
+#[must_use]
+pub const fn is_over(flow: &OwnFlow) -> bool {
+    matches!(stage(flow), Stage::Closed | Stage::Reset)
+}
+
+/// What a SYN meets that may open a connection and finds an entry of its tuple.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Meeting {
+    /// The connection is over: the entry is the new one's.
+    Reopens,
+    /// Sent again, by both ends at once, or a SYN on a live connection: carried, and nothing else
+    /// changes. The other end knows what to say to it.
+    Passes,
+    /// The kernel has the tuple, or the agent may be deleting the entry: the stack.
+    Refused,
+}
+
+/// Judges a SYN by the entry of its tuple. `linger` is how long a closed entry may be taken over.
+#[inline(always)]
+#[must_use]
+pub const fn meets(flow: &OwnFlow, now: u32, linger: u32) -> Meeting {
+    if flow.taken != 0 {
+        return Meeting::Refused;
+    }
+    if !is_over(flow) {
+        return Meeting::Passes;
+    }
+    if now.wrapping_sub(flow.closed) < linger {
+        Meeting::Reopens
+    } else {
+        Meeting::Refused
+    }
+}
+
+/// A SYN of this tuple takes the stack: what becomes of the entry.
+#[inline(always)]
+pub const fn leave_to_kernel(flow: &mut OwnFlow) {
+    match stage(flow) {
+        // Nothing lives here that the kernel does not begin anew.
+        Stage::Opening | Stage::Closed | Stage::Reset => flow.taken = 1,
+        // A SYN on a live connection. Conntrack has to know that connection before it can judge.
+        _ => flow.recalled = 1,
+    }
+}
+
+/// A packet of the tuple that opens nothing: notes what it tells. `false` if the kernel has the
+/// tuple, and so the packet.
+#[inline(always)]
+pub const fn advance(flow: &mut OwnFlow, way: Way, segment: Segment, now: u32) -> bool {
+    if flow.taken != 0 {
+        return false;
+    }
+    let was_over = is_over(flow);
+    let is_client = flow.opener == way as u8;
+    let (own, other): (&mut OwnEnd, &OwnEnd) = match way {
+        Way::Out => (&mut flow.pod, &flow.peer),
+        Way::In => (&mut flow.peer, &flow.pod),
+    };
+    if segment.flags & RST != 0 {
+        // It counts where it meets the other end's last ACK; so does one to an end that has
+        // acknowledged nothing: the answer to a SYN.
+        if other.sent & END_ACK == 0 || equal(segment.seq, other.ack) {
+            own.sent |= END_RST;
+        } else {
+            own.sent |= END_DOUBTFUL_RST;
+            flow.recalled = 1;
+        }
+    } else {
+        if segment.flags & ACK != 0 {
+            own.ack = segment.ack;
+            own.sent |= END_ACK;
+            if segment.flags & SYN != 0 {
+                if !is_client {
+                    own.sent |= END_SYN_ACK;
+                }
+            } else if is_client && other.sent & END_SYN_ACK != 0 {
+                own.sent |= END_ESTABLISHED;
+            }
+        }
+        if segment.flags & FIN != 0 {
+            own.sent |= END_FIN;
+        }
+    }
+    if !was_over && is_over(flow) {
+        flow.closed = now;
+    }
+    true
+}
+
+#[inline(always)]
+const fn equal(one: [u8; 4], other: [u8; 4]) -> bool {
+    u32::from_ne_bytes(one) == u32::from_ne_bytes(other)
+}
+
+#[cfg(test)]
+mod tests;

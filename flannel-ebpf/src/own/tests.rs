@@ -1,0 +1,155 @@
+//! The state machine of an own connection: its transitions one by one, then at random against a
+//! model of what conntrack holds of the same packets.
+
+use super::*;
+use crate::sighting::Way::{In, Out};
+
+const SYN_ACK: u8 = SYN | ACK;
+const FIN_ACK: u8 = FIN | ACK;
+const LINGER: u32 = 100;
+
+/// A packet: way, flags, sequence and acknowledgement number.
+type Sent = (Way, u8, u8, u8);
+
+fn after(opener: Way, packets: &[Sent]) -> OwnFlow {
+    let mut flow = opened(opener, 7, 1000);
+    for (at, packet) in packets.iter().enumerate() {
+        step(&mut flow, *packet, 1001 + at as u32);
+    }
+    flow
+}
+
+fn step(flow: &mut OwnFlow, (way, flags, seq, ack): Sent, now: u32) -> bool {
+    let segment = Segment {
+        flags,
+        seq: [0, 0, 0, seq],
+        ack: [0, 0, 0, ack],
+    };
+    advance(flow, way, segment, now)
+}
+
+/// The client is the pod: its SYN has number 10, the peer's SYN-ACK 20.
+const ANSWER: Sent = (In, SYN_ACK, 20, 11);
+const ACKNOWLEDGED: Sent = (Out, ACK, 11, 21);
+
+#[test]
+fn transitions() {
+    let open = [ANSWER, ACKNOWLEDGED];
+    let rows: &[(&[Sent], Sent, Stage)] = &[
+        (&[], ANSWER, Stage::Answered),
+        // Data of the client before the answer is none of the handshake.
+        (&[], (Out, ACK, 11, 0), Stage::Opening),
+        // Both ends at once: the peer's SYN does not pass here, its SYN-ACK does.
+        (&[], (Out, SYN_ACK, 10, 21), Stage::Opening),
+        (&[], (In, RST | ACK, 0, 11), Stage::Reset),
+        (&[ANSWER], ANSWER, Stage::Answered),
+        (&[ANSWER], (In, ACK, 21, 11), Stage::Answered),
+        (&[ANSWER], ACKNOWLEDGED, Stage::Established),
+        (&[ANSWER], (Out, FIN_ACK, 11, 21), Stage::HalfClosed),
+        (&[ANSWER], (Out, RST, 11, 0), Stage::Reset),
+        (&open, (Out, ACK, 11, 21), Stage::Established),
+        (&open, (In, ACK, 21, 12), Stage::Established),
+        (&open, (Out, FIN_ACK, 11, 21), Stage::HalfClosed),
+        (&open, (In, FIN_ACK, 21, 11), Stage::HalfClosed),
+        // A RST counts at the number that the other end expects, and nowhere else.
+        (&open, (Out, RST, 11, 0), Stage::Reset),
+        (&open, (Out, RST, 12, 0), Stage::Established),
+        (&open, (In, RST, 21, 0), Stage::Reset),
+        (&open, (In, RST, 99, 0), Stage::Established),
+    ];
+    for (before, packet, expected) in rows {
+        let mut flow = after(Out, before);
+        assert!(step(&mut flow, *packet, 2000), "{before:?}");
+        assert_eq!(stage(&flow), *expected, "{before:?}, then {packet:?}");
+    }
+}
+
+#[test]
+fn closing_takes_both_ends_in_whatever_order() {
+    for order in [[Out, In], [In, Out]] {
+        let mut flow = after(Out, &[ANSWER, ACKNOWLEDGED]);
+        step(&mut flow, (order[0], FIN_ACK, 11, 21), 2000);
+        // Sent again, it closes nothing more.
+        step(&mut flow, (order[0], FIN_ACK, 11, 21), 2001);
+        assert_eq!(stage(&flow), Stage::HalfClosed);
+        step(&mut flow, (order[1], FIN_ACK, 21, 12), 2002);
+        assert_eq!((stage(&flow), flow.closed), (Stage::Closed, 2002));
+        // Late packets neither open it again nor keep it.
+        step(&mut flow, (order[0], ACK, 12, 22), 2050);
+        step(&mut flow, (order[1], FIN_ACK, 21, 12), 2060);
+        assert_eq!((stage(&flow), flow.closed), (Stage::Closed, 2002));
+    }
+}
+
+#[test]
+fn a_doubtful_reset_calls_the_agent() {
+    let mut flow = after(Out, &[ANSWER, ACKNOWLEDGED]);
+    step(&mut flow, (In, RST, 99, 0), 2000);
+    assert_eq!(flow.recalled, 1);
+    assert_eq!(flow.peer.sent & END_DOUBTFUL_RST, END_DOUBTFUL_RST);
+}
+
+#[test]
+fn the_server_may_be_here() {
+    let flow = after(In, &[(Out, SYN_ACK, 20, 11), (In, ACK, 11, 21)]);
+    assert_eq!(stage(&flow), Stage::Established);
+}
+
+#[test]
+fn a_syn_meets_an_entry() {
+    let open = [ANSWER, ACKNOWLEDGED];
+    let closed = [&open[..], &[(Out, FIN_ACK, 11, 21), (In, FIN_ACK, 21, 12)]].concat();
+    let reset = [&open[..], &[(Out, RST, 11, 0)]].concat();
+    let rows: &[(&[Sent], u32, Meeting)] = &[
+        (&[], 0, Meeting::Passes),
+        (&[], 100_000, Meeting::Passes),
+        (&open, 0, Meeting::Passes),
+        (&closed, 0, Meeting::Reopens),
+        (&closed, LINGER - 1, Meeting::Reopens),
+        (&closed, LINGER, Meeting::Refused),
+        (&closed, LINGER * 1000, Meeting::Refused),
+        (&reset, 0, Meeting::Reopens),
+        (&reset, LINGER, Meeting::Refused),
+    ];
+    for (packets, later, expected) in rows {
+        let flow = after(Out, packets);
+        let now = flow.closed.max(flow.born) + later;
+        assert_eq!(meets(&flow, now, LINGER), *expected, "{packets:?} {later}");
+        let taken = OwnFlow { taken: 1, ..flow };
+        assert_eq!(meets(&taken, now, LINGER), Meeting::Refused);
+    }
+}
+
+#[test]
+fn a_syn_that_the_kernel_has_takes_the_tuple_or_calls_the_agent() {
+    let open = [ANSWER, ACKNOWLEDGED];
+    let closed = [&open[..], &[(Out, FIN_ACK, 11, 21), (In, FIN_ACK, 21, 12)]].concat();
+    let rows: &[(&[Sent], (u8, u8))] = &[
+        (&[], (1, 0)),
+        (&closed, (1, 0)),
+        (&open[..1], (0, 1)),
+        (&open, (0, 1)),
+    ];
+    for (packets, expected) in rows {
+        let mut flow = after(Out, packets);
+        leave_to_kernel(&mut flow);
+        assert_eq!((flow.taken, flow.recalled), *expected, "{packets:?}");
+        // What the kernel has is no longer ours.
+        assert_eq!(step(&mut flow, ANSWER, 2000), flow.taken == 0);
+    }
+}
+
+#[test]
+fn only_a_bare_syn_opens() {
+    for (flags, expected) in [
+        (SYN, true),
+        (SYN | 0xc0, true), // with congestion notification
+        (SYN_ACK, false),
+        (SYN | RST, false),
+        (SYN | FIN, false),
+        (ACK, false),
+        (0, false),
+    ] {
+        assert_eq!(is_opening(flags), expected, "{flags:#x}");
+    }
+}

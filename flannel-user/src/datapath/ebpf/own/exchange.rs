@@ -1,0 +1,202 @@
+//! Between the table of own connections and conntrack.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use flannel_ebpf::{
+    layout::{ClassKey, FlowKey, OwnFlow},
+    own,
+    reason::Reason,
+    sighting::Way,
+};
+use tracing::{debug, warn};
+
+use super::{
+    handover::{self, Due, Extent, Timeouts},
+    table::OwnTable,
+};
+use crate::datapath::{
+    conntrack_table::{ConntrackTable, Entry, TableError, status},
+    ebpf::epoch::Clock,
+};
+
+/// Both tables.
+pub(super) struct Exchange {
+    table: OwnTable,
+    conntrack: Option<ConntrackTable>,
+}
+
+/// What one look found and did.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Looked {
+    /// Live connections that stayed.
+    pub(super) live: usize,
+    /// Closed ones that wait for late packets.
+    pub(super) closed: usize,
+    /// Given to conntrack.
+    pub(super) handed_over: usize,
+    /// Refused there; they stayed.
+    pub(super) refused: usize,
+}
+
+impl Exchange {
+    pub(super) fn new(table: OwnTable) -> Self {
+        Self {
+            table,
+            conntrack: None,
+        }
+    }
+
+    /// How many connections have opened so far.
+    pub(super) fn opened(&self) -> u64 {
+        self.table.count(Reason::OwnOpened)
+    }
+
+    /// How many SYNs have asked the stack for their class so far.
+    pub(super) fn asked(&self) -> u64 {
+        self.table.count(Reason::OwnProbe)
+    }
+
+    /// Forgets classes that nobody has used for so long; how many are left.
+    pub(super) fn forget_classes(&mut self, clock: &Clock, unused: Duration) -> u64 {
+        let (now, ticks) = (clock.now(), clock.ticks(unused));
+        let (mut old, mut used) = (Vec::new(), 0);
+        let read = self.table.scan_classes(|key, class| {
+            let age = now.wrapping_sub(class.syn_seen);
+            if age.cast_signed() > 0 && age > ticks {
+                old.push(*key);
+            } else {
+                used += 1;
+            }
+        });
+        if let Err(error) = read {
+            debug!(%error, "cannot read classes");
+        }
+        for key in &old {
+            self.table.delete_class(key);
+        }
+        used
+    }
+
+    pub(super) fn reach_conntrack(&mut self) -> Result<&mut ConntrackTable, TableError> {
+        if self.conntrack.is_none() {
+            self.conntrack = Some(ConntrackTable::open()?);
+        }
+        Ok(self.conntrack.as_mut().expect("opened just now"))
+    }
+
+    /// Connections through Services that are there already: the kernel has chosen their ports.
+    pub(super) fn learn_translated(&mut self) -> Result<(), TableError> {
+        let translated = self
+            .reach_conntrack()?
+            .dump(|entry| entry.status & status::DST_NAT != 0)?;
+        let classes: BTreeSet<ClassKey> = translated
+            .iter()
+            .map(|entry| ClassKey {
+                pod: entry.reply.destination.ip().octets(),
+                peer: entry.reply.source.ip().octets(),
+                port: entry.reply.source.port().to_be_bytes(),
+                opener: Way::Out as u8,
+                _pad: 0,
+            })
+            .collect();
+        for class in &classes {
+            if let Err(error) = self.table.mark_translated(class) {
+                warn!(%error, "cannot note a connection through a Service");
+            }
+        }
+        debug!(
+            classes = classes.len(),
+            "connections through Services noted"
+        );
+        Ok(())
+    }
+
+    /// Goes through the table once.
+    pub(super) fn look(&mut self, extent: Extent<'_>) -> Looked {
+        let mut over = Vec::new();
+        let mut due = Vec::new();
+        let (mut live, mut closed) = (0, 0);
+        let scanned = self
+            .table
+            .scan(|key, flow| match handover::due(flow, extent) {
+                Due::Stay if own::is_over(flow) => closed += 1,
+                Due::Stay => live += 1,
+                Due::HandOver => due.push((*key, *flow)),
+                Due::Delete => over.push(*key),
+            });
+        if let Err(error) = scanned {
+            warn!(%error, "cannot read the table of own connections");
+        }
+        for key in &over {
+            self.table.delete(key);
+        }
+        let (handed_over, refused) = self.hand_over(&due);
+        Looked {
+            live: live + due.len() - handed_over,
+            closed,
+            handed_over,
+            refused,
+        }
+    }
+
+    /// Hands connections over: how many went, and how many conntrack refused. Those stay ours.
+    fn hand_over(&mut self, due: &[(FlowKey, OwnFlow)]) -> (usize, usize) {
+        if due.is_empty() {
+            return (0, 0);
+        }
+        let timeouts = Timeouts::read();
+        let entries: Vec<Entry> = due
+            .iter()
+            .map(|(key, flow)| handover::entry(key, flow, &timeouts))
+            .collect();
+        let conntrack = match self.reach_conntrack() {
+            Ok(conntrack) => conntrack,
+            Err(error) => {
+                warn!(%error, "connections stay out of conntrack");
+                return (0, due.len());
+            }
+        };
+        // A translated connection has the tuple: it goes, its client sends its SYN again and gets
+        // another port.
+        let clashed: Vec<_> = due
+            .iter()
+            .zip(&entries)
+            .filter(|((_, flow), _)| flow.clashed != 0)
+            .map(|(_, entry)| entry.reply)
+            .collect();
+        conntrack.delete(&clashed);
+        let results = conntrack.insert(&entries);
+
+        let (mut handed_over, mut refused) = (0, 0);
+        let mut corrections = Vec::new();
+        for (((key, _), entry), result) in due.iter().zip(&entries).zip(results) {
+            if let Err(error) = result {
+                debug!(connection = ?entry.original, %error, "conntrack refused a connection");
+                refused += 1;
+                continue;
+            }
+            match self.table.take(key) {
+                Ok(Some(last)) => {
+                    let last = handover::entry(key, &last, &timeouts);
+                    if last.state != entry.state {
+                        corrections.push(last);
+                    }
+                    handed_over += 1;
+                }
+                Ok(None) => handed_over += 1,
+                Err(error) => {
+                    warn!(%error, "cannot take a connection out of the table");
+                    refused += 1;
+                }
+            }
+        }
+        if let Some(conntrack) = &mut self.conntrack {
+            for result in conntrack.insert(&corrections) {
+                if let Err(error) = result {
+                    debug!(%error, "conntrack refused a correction");
+                }
+            }
+        }
+        (handed_over, refused)
+    }
+}

@@ -1,0 +1,271 @@
+//! When an own connection goes to conntrack, and as what. Pure.
+
+use std::{net::SocketAddrV4, time::Duration};
+
+use flannel_ebpf::{
+    layout::{END_DOUBTFUL_RST, FlowKey, OwnFlow},
+    own::{self, Stage},
+    sighting::Way,
+};
+
+use super::super::epoch::Clock;
+use crate::datapath::conntrack_table::{Entry, TcpState, Tuple, status};
+
+/// How old a connection gets before conntrack has it.
+pub(super) const YOUTH: Duration = Duration::from_secs(1);
+/// How long a closed one is remembered for late packets.
+pub(super) const LINGER: Duration = Duration::from_secs(2);
+/// How long before that its entry is no longer given to the next connection, so that a deletion
+/// never meets a live one.
+pub(super) const LINGER_MARGIN: Duration = Duration::from_millis(100);
+
+/// Conntrack's timeouts in seconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Timeouts {
+    pub(super) syn_sent: u32,
+    pub(super) syn_recv: u32,
+    pub(super) established: u32,
+    pub(super) close_wait: u32,
+    pub(super) time_wait: u32,
+    pub(super) close: u32,
+}
+
+/// The kernel's own.
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            syn_sent: 120,
+            syn_recv: 60,
+            established: 432_000,
+            close_wait: 60,
+            time_wait: 120,
+            close: 10,
+        }
+    }
+}
+
+impl Timeouts {
+    /// As they are in the network namespace of the calling thread.
+    pub(super) fn read() -> Self {
+        let read = |name: &str, default: u32| {
+            let path = format!("/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_{name}");
+            let text = std::fs::read_to_string(path).unwrap_or_default();
+            text.trim().parse().unwrap_or(default)
+        };
+        let default = Self::default();
+        Self {
+            syn_sent: read("syn_sent", default.syn_sent),
+            syn_recv: read("syn_recv", default.syn_recv),
+            established: read("established", default.established),
+            close_wait: read("close_wait", default.close_wait),
+            time_wait: read("time_wait", default.time_wait),
+            close: read("close", default.close),
+        }
+    }
+}
+
+/// What is to be done with an entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Due {
+    /// Nothing yet.
+    Stay,
+    /// Conntrack gets it.
+    HandOver,
+    /// It is over, or the kernel's.
+    Delete,
+}
+
+/// Which entries have to go now.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Extent<'a> {
+    /// Those whose time has come.
+    Due(&'a Clock),
+    /// Every live one: rules have changed.
+    Live(&'a Clock),
+    /// All: nothing stays.
+    All,
+}
+
+/// Judges one entry.
+pub(super) fn due(flow: &OwnFlow, extent: Extent<'_>) -> Due {
+    if flow.taken != 0 {
+        return Due::Delete;
+    }
+    let clock = match extent {
+        Extent::Due(clock) | Extent::Live(clock) => clock,
+        Extent::All => return Due::HandOver,
+    };
+    let now = clock.now();
+    let age = |since: u32| {
+        // A program may have read the clock just after us.
+        let ticks = now.wrapping_sub(since);
+        if ticks.cast_signed() < 0 {
+            Duration::ZERO
+        } else {
+            clock.duration(ticks)
+        }
+    };
+    if own::is_over(flow) {
+        return if age(flow.closed) >= LINGER {
+            Due::Delete
+        } else {
+            Due::Stay
+        };
+    }
+    if matches!(extent, Extent::Live(_)) || flow.recalled != 0 || age(flow.born) >= YOUTH {
+        Due::HandOver
+    } else {
+        Due::Stay
+    }
+}
+
+/// The connection as conntrack names it: as the client sends.
+pub(super) fn tuple(key: &FlowKey, flow: &OwnFlow) -> Tuple {
+    let end = |address: [u8; 4], port: [u8; 2]| {
+        SocketAddrV4::new(address.into(), u16::from_be_bytes(port))
+    };
+    let sent = Tuple {
+        source: end(key.src, key.sport),
+        destination: end(key.dst, key.dport),
+    };
+    if flow.opener == Way::Out as u8 {
+        sent
+    } else {
+        sent.reversed()
+    }
+}
+
+/// The entry that conntrack would have, had it seen the connection.
+pub(super) fn entry(key: &FlowKey, flow: &OwnFlow, timeouts: &Timeouts) -> Entry {
+    let tuple = tuple(key, flow);
+    let over = |state, timeout| Entry {
+        state,
+        ..Entry::established(tuple, timeout)
+    };
+    let mut entry = match own::stage(flow) {
+        Stage::Opening => Entry {
+            state: TcpState::SynSent,
+            status: status::CONFIRMED,
+            ..Entry::half_open(tuple, timeouts.syn_sent)
+        },
+        Stage::Answered => Entry::half_open(tuple, timeouts.syn_recv),
+        Stage::Established => Entry::established(tuple, timeouts.established),
+        Stage::HalfClosed => over(TcpState::CloseWait, timeouts.close_wait),
+        Stage::Closed => over(TcpState::TimeWait, timeouts.time_wait),
+        Stage::Reset => over(TcpState::Close, timeouts.close),
+    };
+    if (flow.pod.sent | flow.peer.sent) & END_DOUBTFUL_RST != 0 {
+        // If it lives, its next packet gives it its time back.
+        entry.timeout = entry.timeout.min(timeouts.close);
+    }
+    entry
+}
+
+#[cfg(test)]
+mod tests {
+    use flannel_ebpf::own::{Segment, advance, opened};
+
+    use super::*;
+
+    const SYN_ACK: u8 = 0x12;
+    const ACK: u8 = 0x10;
+    const FIN_ACK: u8 = 0x11;
+    const RST: u8 = 0x04;
+
+    fn key() -> FlowKey {
+        FlowKey {
+            src: [10, 1, 1, 2],
+            dst: [10, 1, 2, 2],
+            sport: 80u16.to_be_bytes(),
+            dport: 40_000u16.to_be_bytes(),
+            protocol: 6,
+            ..FlowKey::default()
+        }
+    }
+
+    /// A connection from the peer to the pod after these packets of (way, flags).
+    fn after(packets: &[(Way, u8)], born: u32) -> OwnFlow {
+        let mut flow = opened(Way::In, 1, born);
+        for (way, flags) in packets {
+            let segment = Segment {
+                flags: *flags,
+                seq: [0, 0, 0, 1],
+                ack: [0, 0, 0, 9],
+            };
+            assert!(advance(&mut flow, *way, segment, born));
+        }
+        flow
+    }
+
+    const OPEN: [(Way, u8); 2] = [(Way::Out, SYN_ACK), (Way::In, ACK)];
+
+    #[test]
+    fn conntrack_gets_what_it_would_have_seen() {
+        let timeouts = Timeouts::default();
+        let with = |more: &[(Way, u8)]| after(&[&OPEN[..], more].concat(), 0);
+        let cases = [
+            (after(&[], 0), TcpState::SynSent, 120),
+            (after(&OPEN[..1], 0), TcpState::SynRecv, 60),
+            (with(&[]), TcpState::Established, 432_000),
+            (with(&[(Way::Out, FIN_ACK)]), TcpState::CloseWait, 60),
+            (
+                with(&[(Way::Out, FIN_ACK), (Way::In, FIN_ACK)]),
+                TcpState::TimeWait,
+                120,
+            ),
+            // Its sequence number is not the other end's last ACK.
+            (with(&[(Way::Out, RST)]), TcpState::Established, 10),
+        ];
+        for (flow, state, timeout) in cases {
+            let entry = entry(&key(), &flow, &timeouts);
+            assert_eq!((entry.state, entry.timeout), (state, timeout), "{flow:?}");
+            assert_eq!(
+                entry.original.source.port(),
+                40_000,
+                "the peer is the client"
+            );
+            assert!(!entry.is_translated());
+        }
+    }
+
+    #[test]
+    fn young_connections_stay_until_something_calls() {
+        let clock = Clock::new(10_000);
+        let second = clock.ticks(Duration::from_secs(1));
+        let young = after(&OPEN, 10_000);
+        let grown = after(&OPEN, 10_000 - second);
+        let recalled = OwnFlow {
+            recalled: 1,
+            ..young
+        };
+        assert_eq!(due(&young, Extent::Due(&clock)), Due::Stay);
+        assert_eq!(due(&young, Extent::Live(&clock)), Due::HandOver);
+        assert_eq!(due(&grown, Extent::Due(&clock)), Due::HandOver);
+        assert_eq!(due(&recalled, Extent::Due(&clock)), Due::HandOver);
+        // A program's clock that is a moment ahead of ours is no age of years.
+        let newborn = after(&OPEN, 10_003);
+        assert_eq!(due(&newborn, Extent::Due(&clock)), Due::Stay);
+    }
+
+    #[test]
+    fn closed_ones_stay_for_late_packets_and_then_go() {
+        let clock = Clock::new(10_000);
+        let second = clock.ticks(Duration::from_secs(1));
+        let close = [&OPEN[..], &[(Way::Out, FIN_ACK), (Way::In, FIN_ACK)]].concat();
+        let fresh = after(&close, 10_000 - second);
+        let old = after(&close, 10_000 - 2 * second);
+        assert_eq!(due(&fresh, Extent::Live(&clock)), Due::Stay);
+        assert_eq!(due(&fresh, Extent::All), Due::HandOver);
+        assert_eq!(due(&old, Extent::Due(&clock)), Due::Delete);
+        let taken = OwnFlow { taken: 1, ..fresh };
+        assert_eq!(due(&taken, Extent::Due(&clock)), Due::Delete);
+    }
+
+    #[test]
+    fn deletion_and_reuse_never_overlap() {
+        assert!(LINGER_MARGIN < LINGER);
+        let clock = Clock::new(0);
+        let reuse_until = clock.ticks(LINGER.checked_sub(LINGER_MARGIN).expect("less"));
+        assert!(reuse_until < clock.ticks(LINGER));
+    }
+}

@@ -1,0 +1,316 @@
+//! The thread that keeps own connections.
+
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{Receiver, RecvTimeoutError},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use tracing::{info, warn};
+
+use super::{
+    Command, LAST_PASSES, LAST_PAUSE, Opening, OwnState,
+    exchange::Exchange,
+    handover::Extent,
+    ipsec,
+    rules::{Judgement, Rules},
+    table::OwnTable,
+};
+use crate::datapath::ebpf::epoch::Generation;
+
+/// Between two looks while connections are young.
+const PERIOD: Duration = Duration::from_millis(100);
+/// The same while they are few: looking costs by the table's size.
+const SLOW_PERIOD: Duration = Duration::from_millis(250);
+/// How many are few.
+const FEW: usize = 64;
+/// How often the heartbeat is renewed.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+/// How far it reaches.
+const REACH: Duration = Duration::from_secs(3);
+/// How long a class holds while few ask.
+const SHORTEST_VALIDITY: Duration = Duration::from_secs(1);
+/// The same, however many there are.
+const LONGEST_VALIDITY: Duration = Duration::from_secs(60);
+/// SYNs per second that may be spent on asking.
+const ASKING_BUDGET: f64 = 100.0;
+/// How long the answer to one may take.
+const PATIENCE: Duration = Duration::from_millis(250);
+/// How often unused classes are looked for.
+const SWEEP: Duration = Duration::from_secs(5);
+/// How long a class is unused before it is forgotten.
+const UNUSED: Duration = Duration::from_secs(300);
+
+/// The validity at which `rate` SYNs that ask per second become the budget; down by halves.
+fn adapted(now: Duration, rate: f64) -> Duration {
+    now.mul_f64(rate / ASKING_BUDGET)
+        .max(now / 2)
+        .clamp(SHORTEST_VALIDITY, LONGEST_VALIDITY)
+}
+
+/// Everything that the thread works with.
+pub(super) struct Keeper {
+    exchange: Exchange,
+    generation: Generation,
+    received: Receiver<Command>,
+    state: Arc<Mutex<OwnState>>,
+    opening: Opening,
+    rules: Rules,
+    /// How long a class holds.
+    validity: Duration,
+    /// SYNs that had asked the stack at the last heartbeat.
+    asked: Option<u64>,
+    /// When unused classes were last forgotten.
+    swept: Instant,
+    /// When the heartbeat was renewed; `None`: it is due.
+    beaten: Option<Instant>,
+    looked: Instant,
+    /// The counter at the last look.
+    opened: Option<u64>,
+    /// Entries after the last look.
+    held: usize,
+    complained: Option<String>,
+}
+
+impl Keeper {
+    pub(super) fn new(
+        table: OwnTable,
+        generation: Generation,
+        received: Receiver<Command>,
+        state: Arc<Mutex<OwnState>>,
+        rules: Rules,
+    ) -> Self {
+        Self {
+            exchange: Exchange::new(table),
+            generation,
+            received,
+            state,
+            opening: Opening::None,
+            rules,
+            validity: SHORTEST_VALIDITY,
+            asked: None,
+            swept: Instant::now(),
+            beaten: None,
+            looked: Instant::now(),
+            opened: None,
+            held: usize::MAX,
+            complained: None,
+        }
+    }
+
+    pub(super) fn run(mut self) {
+        // What an agent before us left opens no more before we say so.
+        self.generation.open_own(None);
+        self.generation.set_class_validity(self.validity, PATIENCE);
+        loop {
+            // Rules that make no event are looked for as often.
+            let is_urgent = self.held > FEW || self.opening == Opening::Classes;
+            let period = if is_urgent { PERIOD } else { SLOW_PERIOD };
+            let wait = period.saturating_sub(self.looked.elapsed());
+            let told = match self.received.recv_timeout(wait) {
+                Ok(told) => told,
+                Err(RecvTimeoutError::Timeout) => {
+                    self.tick();
+                    continue;
+                }
+                Err(RecvTimeoutError::Disconnected) => Command::End,
+            };
+            match told {
+                Command::HandOver => {
+                    // First what was allowed before, then what may be allowed from now on.
+                    self.look_if_any(Wanted::Live);
+                    self.beat();
+                }
+                Command::Allow(opening) => self.allow(opening),
+                Command::End => break,
+            }
+        }
+        self.end();
+    }
+
+    /// Nothing has happened.
+    fn tick(&mut self) {
+        let is_due = self.is_beat_due();
+        if is_due || self.opening == Opening::Classes {
+            self.beat();
+        }
+        if is_due && self.opening == Opening::Classes {
+            self.adapt();
+        }
+        self.look_if_any(Wanted::Due);
+    }
+
+    /// Nothing stays: whoever comes after us may not know how to carry it.
+    fn end(&mut self) {
+        self.opening = Opening::None;
+        self.generation.open_own(None);
+        for _ in 0..LAST_PASSES {
+            thread::sleep(LAST_PAUSE);
+            self.look(Wanted::All);
+            if self.held == 0 {
+                break;
+            }
+        }
+    }
+
+    fn with_state(&self, change: impl FnOnce(&mut OwnState)) {
+        change(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn allow(&mut self, opening: Opening) {
+        if self.opening == opening {
+            return;
+        }
+        let before = std::mem::replace(&mut self.opening, opening);
+        self.with_state(|state| {
+            state.wanted = opening != Opening::None;
+            state.by_class = opening == Opening::Classes;
+        });
+        if opening == Opening::None {
+            self.generation.open_own(None);
+            self.look(Wanted::Live);
+            return;
+        }
+        if before == Opening::None
+            && let Err(error) = self.exchange.learn_translated()
+        {
+            self.complain(Some(format!("conntrack cannot be read: {error}")));
+        }
+        self.beaten = None;
+        self.beat();
+    }
+
+    fn is_beat_due(&self) -> bool {
+        self.beaten
+            .is_none_or(|beaten| beaten.elapsed() >= HEARTBEAT)
+    }
+
+    /// What speaks against opening connections at present.
+    fn objection(&mut self) -> Option<String> {
+        let policies = ipsec::policies();
+        if policies > 0 {
+            return Some(format!(
+                "{policies} IPsec policies: only the stack can tell whom they concern"
+            ));
+        }
+        if let Err(error) = self.exchange.reach_conntrack() {
+            return Some(format!(
+                "connections could not be handed over to conntrack: {error}"
+            ));
+        }
+        if self.opening != Opening::Classes {
+            return None;
+        }
+        match self.rules.judge() {
+            Judgement::Fit => None,
+            Judgement::Unfit(reason) => Some(reason),
+        }
+    }
+
+    /// Renews the heartbeat, unless something speaks against it.
+    fn beat(&mut self) {
+        if self.opening == Opening::None {
+            self.beaten = Some(Instant::now());
+            return;
+        }
+        let paused = self.objection();
+        if paused.is_some() {
+            self.generation.open_own(None);
+            self.beaten = Some(Instant::now());
+            if self.complained != paused {
+                self.look(Wanted::Live);
+            }
+        } else if self.complained.is_some() || self.is_beat_due() {
+            self.generation.open_own(Some(REACH));
+            self.beaten = Some(Instant::now());
+        }
+        self.complain(paused);
+    }
+
+    fn complain(&mut self, paused: Option<String>) {
+        if self.complained != paused {
+            match &paused {
+                Some(reason) => warn!(reason, "no connection bypasses the stack from its SYN on"),
+                None => info!("connections may bypass the stack from their SYN on"),
+            }
+            self.complained.clone_from(&paused);
+            self.with_state(|state| state.paused = paused);
+        }
+    }
+
+    /// Each class asks the stack once in its validity: that follows from how many ask.
+    fn adapt(&mut self) {
+        let asked = self.exchange.asked();
+        if let Some(before) = self.asked.replace(asked) {
+            let rate = asked.saturating_sub(before) as f64 / HEARTBEAT.as_secs_f64();
+            let validity = adapted(self.validity, rate);
+            if validity != self.validity {
+                self.validity = validity;
+                self.generation.set_class_validity(validity, PATIENCE);
+            }
+        }
+        if self.swept.elapsed() >= SWEEP {
+            self.swept = Instant::now();
+            let clock = self.generation.clock();
+            let classes = self.exchange.forget_classes(&clock, UNUSED);
+            self.with_state(|state| state.classes = classes);
+        }
+        let validity = self.validity.as_secs_f64();
+        self.with_state(|state| state.class_validity_seconds = validity);
+    }
+
+    /// Looks unless there is nothing to see.
+    fn look_if_any(&mut self, wanted: Wanted) {
+        let opened = self.exchange.opened();
+        let has_opened = self.opened.replace(opened) != Some(opened);
+        if has_opened || self.held != 0 {
+            self.look(wanted);
+        } else {
+            self.looked = Instant::now();
+        }
+    }
+
+    /// Goes through the table once.
+    fn look(&mut self, wanted: Wanted) {
+        self.looked = Instant::now();
+        let clock = self.generation.clock();
+        let looked = self.exchange.look(match wanted {
+            Wanted::Due => Extent::Due(&clock),
+            Wanted::Live => Extent::Live(&clock),
+            Wanted::All => Extent::All,
+        });
+        self.held = looked.live + looked.closed;
+        self.with_state(|state| {
+            state.live = looked.live as u64;
+            state.closed = looked.closed as u64;
+            state.handed_over += looked.handed_over as u64;
+            state.refused += looked.refused as u64;
+        });
+    }
+}
+
+/// As [`Extent`], before the clock is read.
+#[derive(Debug, Clone, Copy)]
+enum Wanted {
+    Due,
+    Live,
+    All,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_validity_of_classes_follows_their_number() {
+        assert_eq!(adapted(SHORTEST_VALIDITY, 0.0), SHORTEST_VALIDITY);
+        // Fifty classes ask once a second.
+        assert_eq!(adapted(SHORTEST_VALIDITY, 50.0), SHORTEST_VALIDITY);
+        assert_eq!(adapted(SHORTEST_VALIDITY, 2_000.0), Duration::from_secs(20));
+        assert_eq!(adapted(LONGEST_VALIDITY, 10_000.0), LONGEST_VALIDITY);
+        assert_eq!(adapted(LONGEST_VALIDITY, 0.0), Duration::from_secs(30));
+    }
+}

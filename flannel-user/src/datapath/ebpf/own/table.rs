@@ -1,0 +1,123 @@
+//! The table of own connections as the agent works on it.
+
+use std::{
+    io,
+    os::fd::{AsFd as _, AsRawFd as _},
+    path::Path,
+};
+
+use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray};
+use flannel_ebpf::{
+    layout::{CLASSES, COUNTERS, Class, ClassKey, FlowKey, OWN, OwnFlow, TRANSLATED, Tally},
+    reason::Reason,
+};
+
+use super::super::{EbpfError, batch, epoch::pinned};
+
+/// `BPF_MAP_LOOKUP_AND_DELETE_ELEM`; for hashes since Linux 5.14, as TCP that bypasses is.
+const LOOKUP_AND_DELETE: libc::c_long = 21;
+
+/// Handles of their own on the pinned maps.
+pub(super) struct OwnTable {
+    flows: MapData,
+    entries: HashMap<MapData, FlowKey, OwnFlow>,
+    translated: HashMap<MapData, ClassKey, u32>,
+    class_data: MapData,
+    classes: HashMap<MapData, ClassKey, Class>,
+    counters: PerCpuArray<MapData, Tally>,
+}
+
+/// `union bpf_attr` of the commands on one element.
+#[repr(C)]
+struct Attributes {
+    map: u32,
+    _pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+impl OwnTable {
+    pub(super) fn open(maps: &Path) -> Result<Self, EbpfError> {
+        let failed = |map: &'static str| {
+            move |source: MapError| EbpfError::Map {
+                action: "open",
+                map,
+                source,
+            }
+        };
+        let open = |name: &'static str| MapData::from_pin(maps.join(name)).map_err(failed(name));
+        Ok(Self {
+            flows: open(OWN)?,
+            entries: Map::HashMap(open(OWN)?).try_into().map_err(failed(OWN))?,
+            translated: Map::LruHashMap(open(TRANSLATED)?)
+                .try_into()
+                .map_err(failed(TRANSLATED))?,
+            class_data: open(CLASSES)?,
+            classes: Map::HashMap(open(CLASSES)?)
+                .try_into()
+                .map_err(failed(CLASSES))?,
+            counters: pinned(maps, COUNTERS)?,
+        })
+    }
+
+    /// Every entry.
+    pub(super) fn scan(&self, mut visit: impl FnMut(&FlowKey, &OwnFlow)) -> io::Result<()> {
+        batch::for_each(&self.flows, &mut visit)
+    }
+
+    /// Every class.
+    pub(super) fn scan_classes(&self, mut visit: impl FnMut(&ClassKey, &Class)) -> io::Result<()> {
+        batch::for_each(&self.class_data, &mut visit)
+    }
+
+    /// Forgets a class; that it is gone already is fine.
+    pub(super) fn delete_class(&mut self, key: &ClassKey) {
+        let _ = self.classes.remove(key);
+    }
+
+    /// How often that has happened so far.
+    pub(super) fn count(&self, reason: Reason) -> u64 {
+        let per_cpu = self.counters.get(&reason.index(), 0);
+        per_cpu.map_or(0, |per_cpu| per_cpu.iter().map(|tally| tally.packets).sum())
+    }
+
+    /// Takes an entry out in one step: what it held in the end.
+    pub(super) fn take(&self, key: &FlowKey) -> io::Result<Option<OwnFlow>> {
+        let mut value = OwnFlow::default();
+        let attributes = Attributes {
+            map: self.flows.fd().as_fd().as_raw_fd().cast_unsigned(),
+            _pad: 0,
+            key: (&raw const *key) as u64,
+            value: (&raw mut value) as u64,
+            flags: 0,
+        };
+        // SAFETY: key and value are of the sizes that the map was pinned with, and live until the
+        // kernel returns.
+        let answer = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                LOOKUP_AND_DELETE,
+                &raw const attributes,
+                size_of::<Attributes>(),
+            )
+        };
+        if answer == 0 {
+            return Ok(Some(value));
+        }
+        match io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            error => Err(error),
+        }
+    }
+
+    /// Removes one entry; that it is gone already is fine.
+    pub(super) fn delete(&mut self, key: &FlowKey) {
+        let _ = self.entries.remove(key);
+    }
+
+    /// The kernel chooses the ports of connections of this class.
+    pub(super) fn mark_translated(&mut self, class: &ClassKey) -> Result<(), MapError> {
+        self.translated.insert(class, 1, 0)
+    }
+}
