@@ -16,19 +16,22 @@ use crate::{
 pub const NEEDED: u8 = 3;
 
 /// Packets of a flow, beside TCP's opening and closing ones, before it is worth notes. A connection
-/// for one request and its answer has four, a UDP question one: those pay for a look into this
-/// table and no more.
+/// for one request and its answer has four: it pays for a look into this table and no more. UDP
+/// flows are noted at once: thousands of them may take turns, and each waits for its place once.
 #[inline(always)]
 #[must_use]
 pub const fn strange(protocol: u8) -> u8 {
-    if protocol == header::TCP { 4 } else { 1 }
+    if protocol == header::TCP { 4 } else { 0 }
 }
 
 /// How long a place is kept for somebody who does not show up, in jiffies.
 #[inline(always)]
 const fn stay(epoch: &Epoch) -> u16 {
-    let half = epoch.validity / 2;
-    if half > 30_000 { 30_000 } else { half as u16 }
+    if epoch.validity > 30_000 {
+        30_000
+    } else {
+        epoch.validity as u16
+    }
 }
 
 /// The candidate after one more packet that shows `outcome`; `None` while its place is another's
@@ -104,8 +107,8 @@ mod tests {
     #[test]
     fn another_outcome_starts_anew_when_the_place_is_free_and_not_before() {
         let found = times(2, 42);
-        assert_eq!(next(found, 43, NOW + 1000), None);
-        let taken = next(found, 43, NOW + 1001).expect("nobody showed up");
+        assert_eq!(next(found, 43, NOW + 2000), None);
+        let taken = next(found, 43, NOW + 2001).expect("nobody showed up");
         assert_eq!((taken.outcome, taken.times), (43, 1));
     }
 

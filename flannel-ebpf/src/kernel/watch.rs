@@ -74,8 +74,12 @@ pub(super) fn note(
 /// Has a flow without verdict shown enough packets to be worth notes?
 #[inline(always)]
 pub(super) fn is_met(packet: &Packet, node: &NodeConfig, way: Way) -> bool {
+    let strange = candidate::strange(packet.key.protocol);
+    if strange == 0 {
+        return true;
+    }
     let seen = times(way, hash::flow(&packet.key, node.seed), 0);
-    seen.is_some_and(|(_, times)| times > candidate::strange(packet.key.protocol))
+    seen.is_some_and(|(_, times)| times > strange)
 }
 
 /// How often the same was seen, this time included; `None` while others have its place.

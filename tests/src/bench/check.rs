@@ -26,8 +26,8 @@ pub struct Entry {
     pub to: String,
     /// Whether more is good.
     pub better: Better,
-    /// To the kernel path.
-    pub ratio_to_netlink: f64,
+    /// To the kernel path, best round over best round.
+    pub best_ratio_to_netlink: f64,
 }
 
 /// A ratio as it was and as it is.
@@ -69,7 +69,7 @@ pub fn baseline(rows: &[Row]) -> Vec<Entry> {
                 side: row.side.clone(),
                 to: row.to.clone(),
                 better: row.better,
-                ratio_to_netlink: row.ratio_to_netlink?,
+                best_ratio_to_netlink: row.best_ratio_to_netlink?,
             })
         })
         .collect()
@@ -84,11 +84,11 @@ pub fn compare(baseline: &[Entry], rows: &[Row]) -> Vec<Compared> {
             let row = rows.iter().find(|row| {
                 row.measure == before.measure && row.side == before.side && row.to == before.to
             })?;
-            let now = row.ratio_to_netlink?;
+            let now = row.best_ratio_to_netlink?;
             Some(Compared {
                 before: before.clone(),
                 now,
-                loss: loss(now, before.ratio_to_netlink, before.better),
+                loss: loss(now, before.best_ratio_to_netlink, before.better),
             })
         })
         .collect()
@@ -118,7 +118,7 @@ pub fn check(path: &Path, rows: &[Row]) -> Result<()> {
             before.side,
             before.to,
             now,
-            before.ratio_to_netlink,
+            before.best_ratio_to_netlink,
             -100.0 * loss,
             if one.is_lost() { "  LOST" } else { "" }
         );

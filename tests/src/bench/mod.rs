@@ -51,7 +51,7 @@ pub struct BenchArgs {
     /// The short form: fewer measures, shorter rounds, at most five minutes.
     #[arg(long)]
     quick: bool,
-    /// Only these measures, sides or parts (`program`, `growth`), separated by commas.
+    /// Only these measures, sides or parts (`program`, `growth`, `growth-agent`, …), separated by commas.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Another agent as one more side.
@@ -108,9 +108,14 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     };
     let directory = args.out.clone().map_or_else(default_directory, Ok)?;
     write(&directory, &report)?;
-    if args.from.is_none() && selection.part(Part::Growth) {
+    if args.from.is_none() && selection.growth() {
         // The longest part, and after all others: what they gave is safe.
-        report.growth = growth::measure(&sides, args.quick, pace_of(args, &report.machine))?;
+        report.growth = growth::measure(
+            &sides,
+            &selection,
+            args.quick,
+            pace_of(args, &report.machine),
+        )?;
         write(&directory, &report)?;
     }
     println!(

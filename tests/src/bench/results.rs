@@ -8,7 +8,7 @@ use super::{
     measure::{Figure, Probe, Target},
     program::ProgramCost,
     side::{HOST, HOST_NF, NETLINK},
-    stats::{Better, Difference, Summary, ratio},
+    stats::{Better, Difference, Summary, best_ratio, ratio},
 };
 use crate::traffic::latency::Latency;
 
@@ -52,6 +52,10 @@ pub struct Row {
     pub ratio_to_netlink: Option<f64>,
     /// The lowest and the highest of these ratios.
     pub ratio_to_netlink_spread: Option<[f64; 2]>,
+    /// Best round over the kernel path's best: others on the machine only ever make a round
+    /// worse, so this is what repeats.
+    #[serde(default)]
+    pub best_ratio_to_netlink: Option<f64>,
     /// To the bare nodes without rules.
     pub ratio_to_host: Option<f64>,
     /// To the nodes with the same rules.
@@ -124,6 +128,8 @@ pub fn rows(all: &[Series]) -> Vec<Row> {
                     other.side == side && other.measure == one.measure && other.target == one.target
                 })
             };
+            let best_ratio = base(NETLINK)
+                .and_then(|base| best_ratio(&one.values, &base.values, one.figure.better));
             let ratio_to = |side: &str| ratio(&one.values, &base(side)?.values);
             let Summary { median, min, max } = Summary::of(&one.values)?;
             let to_netlink = ratio_to(NETLINK);
@@ -145,6 +151,7 @@ pub fn rows(all: &[Series]) -> Vec<Row> {
                 rounds: one.values.clone(),
                 ratio_to_netlink: to_netlink.map(|ratio| ratio.median),
                 ratio_to_netlink_spread: to_netlink.map(|ratio| [ratio.min, ratio.max]),
+                best_ratio_to_netlink: best_ratio,
                 ratio_to_host: ratio_to(HOST).map(|ratio| ratio.median),
                 ratio_to_host_nf: ratio_to(HOST_NF).map(|ratio| ratio.median),
                 difference_to_netlink: difference,

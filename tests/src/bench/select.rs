@@ -12,20 +12,34 @@ use super::{
 pub enum Part {
     /// What the programs cost.
     Program,
-    /// What grows with the cluster.
-    Growth,
+    /// What grows with the cluster: the agent's time and memory.
+    GrowthOfAgent,
+    /// What a packet costs among many subnets.
+    GrowthOfSubnets,
+    /// What a packet costs among many flows.
+    GrowthOfFlows,
 }
 
 impl Part {
-    const ALL: [Self; 2] = [Self::Program, Self::Growth];
+    const ALL: [Self; 4] = [
+        Self::Program,
+        Self::GrowthOfAgent,
+        Self::GrowthOfSubnets,
+        Self::GrowthOfFlows,
+    ];
 
     const fn name(self) -> &'static str {
         match self {
             Self::Program => "program",
-            Self::Growth => "growth",
+            Self::GrowthOfAgent => "growth-agent",
+            Self::GrowthOfSubnets => "growth-subnets",
+            Self::GrowthOfFlows => "growth-flows",
         }
     }
 }
+
+/// All parts that begin so.
+const GROWTH: &str = "growth";
 
 /// Which sides, probes and parts run.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,6 +65,7 @@ impl Selection {
                 selection.sides = true;
             } else if PROBES.iter().any(|probe| probe.name == word)
                 || Part::ALL.iter().any(|part| part.name() == word)
+                || word == GROWTH
             {
                 selection.measures = true;
             } else {
@@ -59,6 +74,7 @@ impl Selection {
                     .map(|side| side.name.as_str())
                     .chain(PROBES.iter().map(|probe| probe.name))
                     .chain(Part::ALL.iter().map(|part| part.name()))
+                    .chain([GROWTH])
                     .collect();
                 bail!("--only {word}: choose of {}", known.join(", "));
             }
@@ -87,7 +103,16 @@ impl Selection {
     /// Whether a part runs.
     #[must_use]
     pub fn part(&self, part: Part) -> bool {
-        !self.measures || self.names(part.name())
+        let name = part.name();
+        !self.measures || self.names(name) || (name.starts_with(GROWTH) && self.names(GROWTH))
+    }
+
+    /// Whether any part of growth runs.
+    #[must_use]
+    pub fn growth(&self) -> bool {
+        Part::ALL
+            .iter()
+            .any(|part| part.name().starts_with(GROWTH) && self.part(*part))
     }
 }
 
@@ -104,7 +129,7 @@ mod tests {
     #[test]
     fn nothing_named_is_everything() {
         let all = select(&[]).expect("a selection");
-        assert!(all.side("direct") && all.probe("udp_64") && all.part(Part::Growth));
+        assert!(all.side("direct") && all.probe("udp_64") && all.part(Part::GrowthOfFlows));
     }
 
     #[test]
@@ -114,6 +139,15 @@ mod tests {
         assert!(some.probe("tcp_rr") && !some.probe("udp_rr") && !some.part(Part::Program));
         let program = select(&["program"]).expect("a selection");
         assert!(program.side("host") && program.part(Part::Program) && !program.probe("tcp_rr"));
+    }
+
+    #[test]
+    fn growth_is_all_of_its_parts() {
+        let all = select(&["growth"]).expect("a selection");
+        assert!(all.part(Part::GrowthOfAgent) && all.part(Part::GrowthOfFlows) && all.growth());
+        let one = select(&["growth-flows"]).expect("a selection");
+        assert!(one.part(Part::GrowthOfFlows) && !one.part(Part::GrowthOfAgent) && one.growth());
+        assert!(!select(&["tcp_rr"]).expect("a selection").growth());
     }
 
     #[test]

@@ -88,6 +88,20 @@ pub fn ratio(side: &[f64], base: &[f64]) -> Option<Summary> {
     Summary::of(&rounds)
 }
 
+/// The best of `side` over the best of `base`; `None` where that is no number.
+#[must_use]
+pub fn best_ratio(side: &[f64], base: &[f64], better: Better) -> Option<f64> {
+    let best = |values: &[f64]| {
+        let all = Summary::of(values)?;
+        Some(match better {
+            Better::Higher => all.max,
+            Better::Lower => all.min,
+        })
+    };
+    let ratio = best(side)? / best(base)?;
+    ratio.is_finite().then_some(ratio)
+}
+
 /// How much of `base` a ratio has lost, 0.1 for a tenth; gains are negative.
 #[must_use]
 pub fn loss(ratio: f64, base: f64, better: Better) -> f64 {
@@ -104,6 +118,15 @@ mod tests {
 
     fn summary(values: &[f64]) -> Summary {
         Summary::of(values).expect("values")
+    }
+
+    #[test]
+    fn the_best_rounds_ratio_ignores_disturbed_ones() {
+        let ratio = best_ratio(&[9.0, 5.0, 30.0], &[40.0, 10.0], Better::Lower);
+        assert_eq!(ratio, Some(0.5));
+        assert_eq!(best_ratio(&[4.0, 1.0], &[2.0], Better::Higher), Some(2.0));
+        assert_eq!(best_ratio(&[4.0], &[0.0], Better::Higher), None);
+        assert_eq!(best_ratio(&[], &[1.0], Better::Higher), None);
     }
 
     #[test]

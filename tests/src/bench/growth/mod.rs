@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     probe::Pace,
+    select::{Part, Selection},
     side::{NETLINK, Side},
     stats::Summary,
 };
@@ -87,11 +88,16 @@ impl Points {
     }
 }
 
-/// All of it; `quick` with small numbers only.
+/// All that is selected; `quick` with small numbers only.
 ///
 /// # Errors
 /// When an agent does not get there, or packets take another path.
-pub fn measure(sides: &[Side], quick: bool, pace: Pace) -> Result<Vec<Curve>> {
+pub fn measure(
+    sides: &[Side],
+    selection: &Selection,
+    quick: bool,
+    pace: Pace,
+) -> Result<Vec<Curve>> {
     let cluster: &[u32] = if quick {
         &[10, 1000]
     } else {
@@ -109,11 +115,19 @@ pub fn measure(sides: &[Side], quick: bool, pace: Pace) -> Result<Vec<Curve>> {
     };
     let chosen: Vec<&Side> = sides
         .iter()
+        .filter(|side| selection.side(&side.name))
         .filter(|side| side.name == NETLINK || side.has_programs())
         .collect();
-    let mut curves = agent::measure(cluster)?;
-    curves.extend(packets::subnets(&chosen, subnets, pace)?);
-    curves.extend(packets::flows(&chosen, &bearable(flows)?, pace)?);
+    let mut curves = Vec::new();
+    if selection.part(Part::GrowthOfAgent) {
+        curves.extend(agent::measure(cluster)?);
+    }
+    if selection.part(Part::GrowthOfSubnets) {
+        curves.extend(packets::subnets(&chosen, subnets, pace)?);
+    }
+    if selection.part(Part::GrowthOfFlows) {
+        curves.extend(packets::flows(&chosen, &bearable(flows)?, pace)?);
+    }
     Ok(curves)
 }
 

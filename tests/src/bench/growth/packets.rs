@@ -6,12 +6,17 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 
 use super::{
     Curve, Points,
     leases::{self, CONFIG, NETWORK, UNDERLAY},
 };
 use crate::{
+    agent::Agent,
     bench::{
         measure::{PROBES, Target},
         probe::{self, Pace},
@@ -19,6 +24,7 @@ use crate::{
         side::Side,
         stage::{Passed, Port, Stage},
     },
+    node::Node,
     task::Task,
     traffic::flows::{FlowsReport, ServeReport},
 };
@@ -27,8 +33,8 @@ use crate::{
 const ROUNDS: usize = 5;
 /// Packets to destinations all over the cluster.
 const SCATTERED: u32 = 5000;
-/// More than programming may take.
-const LIMIT: Duration = Duration::from_secs(300);
+/// Longer than programming may take; Linux makes routes of all namespaces one after the other.
+const LIMIT: Duration = Duration::from_secs(120);
 /// Ports of the server in the test with many flows: as many sockets as one `epoll` likes.
 const SERVER_PORTS: u32 = 16;
 
@@ -41,8 +47,10 @@ fn turns(flows: u32) -> u32 {
 
 /// Transactions per second and nanoseconds of a lookup, at each of `sizes` subnets.
 ///
+/// Sizes that the agents do not reach in two minutes are left out.
+///
 /// # Errors
-/// When the agents do not get there, or packets take another path.
+/// When an agent fails, or packets take another path.
 pub(super) fn subnets(sides: &[&Side], sizes: &[u32], pace: Pace) -> Result<Vec<Curve>> {
     let mut points = Points::over("remote subnets");
     let mut stages = sides
@@ -62,11 +70,22 @@ pub(super) fn subnets(sides: &[&Side], sizes: &[u32], pace: Pace) -> Result<Vec<
     for size in sizes {
         for stage in &mut stages {
             let (agents, directory) = stage.agents().context("a side with agents")?;
+            // One at a time is not how a cluster of this size comes to a node.
+            signal_all(agents, Signal::SIGSTOP)?;
             for number in written..*size {
                 leases::write(&directory, number)?;
             }
+            signal_all(agents, Signal::SIGCONT)?;
+            let begin = Instant::now();
             for agent in agents {
-                wait_for_peers(agent.node(), *size as usize + 1)?;
+                if !has_peers(agent.node(), *size as usize + 1, begin)? {
+                    println!(
+                        "{size} subnets are left out: {} does not have them after {} s",
+                        agent.node().name(),
+                        LIMIT.as_secs()
+                    );
+                    return Ok(points.curves());
+                }
             }
         }
         written = *size;
@@ -92,22 +111,25 @@ pub(super) fn subnets(sides: &[&Side], sizes: &[u32], pace: Pace) -> Result<Vec<
     Ok(points.curves())
 }
 
-fn wait_for_peers(node: &crate::node::Node, count: usize) -> Result<()> {
-    let begin = Instant::now();
+fn signal_all(agents: &[Agent], signal: Signal) -> Result<()> {
+    for agent in agents {
+        kill(Pid::from_raw(i32::try_from(agent.pid())?), signal)?;
+    }
+    Ok(())
+}
+
+/// Waits until an agent has programmed `count` peers; `false` when that takes too long.
+fn has_peers(node: &Node, count: usize, begin: Instant) -> Result<bool> {
     loop {
         let status = node.status()?;
         if status.peers.len() == count && status.kernel.last_error.is_none() {
-            return Ok(());
+            return Ok(true);
         }
-        ensure!(
-            begin.elapsed() < LIMIT,
-            "{}: {} peers instead of {count}, {:?}",
-            node.name(),
-            status.peers.len(),
-            status.kernel.last_error
-        );
+        if begin.elapsed() > LIMIT {
+            return Ok(false);
+        }
         // With many peers the answer is long: asking costs the agent.
-        thread::sleep(Duration::from_millis(500));
+        thread::sleep(Duration::from_secs(1));
     }
 }
 
