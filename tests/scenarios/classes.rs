@@ -8,7 +8,7 @@ use flannel_user::datapath::ebpf::OwnState;
 use lab::{
     conntrack,
     exchange::snmp,
-    kube::{CONNECTIONS_PORT, Kube, Via, learned, pause},
+    kube::{CONNECTIONS_PORT, Kube, Side, Via, learned, on, pause},
     node::Node,
     paths,
     pod::Pod,
@@ -77,7 +77,7 @@ fn until_hot(kube: &Kube) -> Result<()> {
 
 #[test]
 fn short_connections_open_by_class_and_leave_nothing_behind() {
-    learned(|kube| {
+    on(Side::Classes, |kube| {
         let (a, b) = kube.cluster.nodes();
         let count = u64::from(repetitions(1500, 100_000));
         for via in Via::BOTH {
@@ -163,22 +163,26 @@ fn deny(kube: &Kube, by: By, within: Duration) -> Result<()> {
 
 #[test]
 fn a_denial_by_nft_holds_at_once() {
-    learned(|kube| deny(kube, By::Nft, Duration::ZERO));
+    on(Side::Classes, |kube| deny(kube, By::Nft, Duration::ZERO));
 }
 
 #[test]
 fn a_denial_by_iptables_holds_at_once() {
-    learned(|kube| deny(kube, By::Iptables, Duration::ZERO));
+    on(Side::Classes, |kube| {
+        deny(kube, By::Iptables, Duration::ZERO)
+    });
 }
 
 #[test]
 fn a_denial_by_ipset_holds_when_the_next_syn_has_asked() {
-    learned(|kube| deny(kube, By::Ipset, Duration::from_millis(1300)));
+    on(Side::Classes, |kube| {
+        deny(kube, By::Ipset, Duration::from_millis(1300))
+    });
 }
 
 #[test]
 fn a_denied_pod_never_gets_in() {
-    learned(|kube| {
+    on(Side::Classes, |kube| {
         let (a, b) = kube.cluster.nodes();
         for node in [a, b] {
             let denied = a.add_pod()?;
@@ -204,7 +208,7 @@ fn a_denied_pod_never_gets_in() {
 
 #[test]
 fn rules_that_no_class_can_stand_for_switch_classes_off() {
-    learned(|kube| {
+    on(Side::Classes, |kube| {
         let (a, _) = kube.cluster.nodes();
         let server = serve(kube.server())?;
         let load = rush(kube)?;
@@ -253,11 +257,8 @@ fn rules_that_no_class_can_stand_for_switch_classes_off() {
 }
 
 #[test]
-fn classes_stay_off_when_told() {
-    use lab::{kube::Side, scenario::scenario};
-    scenario(2, |lab| {
-        let options = Side::Learned.options().argument("--fast-path-classes=off");
-        let kube = Kube::start_with(lab, Side::Learned, &options)?;
+fn classes_stay_off_unless_told() {
+    learned(|kube| {
         let (client, server) = kube.connections(
             Via::Pod,
             Ending::ClientFin,

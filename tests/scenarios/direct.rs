@@ -196,7 +196,7 @@ fn changed_rules_hand_over_what_lives() {
 
 #[test]
 fn changed_rules_hand_over_what_lives_by_class() {
-    change_rules(Side::Learned);
+    change_rules(Side::Classes);
 }
 
 fn change_rules(side: Side) {
@@ -219,7 +219,7 @@ fn switching_the_mode_hands_over_what_lives() {
 
 #[test]
 fn switching_the_mode_hands_over_what_lives_by_class() {
-    switch_modes(Side::Learned);
+    switch_modes(Side::Classes);
 }
 
 fn switch_modes(side: Side) {
@@ -244,7 +244,7 @@ fn a_killed_agents_connections_are_handed_over_by_the_next() {
 
 #[test]
 fn a_killed_agents_connections_are_handed_over_by_the_next_by_class() {
-    kill_agents(Side::Learned);
+    kill_agents(Side::Classes);
 }
 
 fn kill_agents(side: Side) {
@@ -269,7 +269,7 @@ fn services_and_pods_share_servers_and_ports() {
 
 #[test]
 fn services_and_pods_share_servers_and_ports_by_class() {
-    share_servers(Side::Learned);
+    share_servers(Side::Classes);
 }
 
 fn share_servers(side: Side) {

@@ -154,11 +154,7 @@ fn repaired(cluster: &Cluster, mode: Mode, damage: &Damage) -> Result<()> {
     );
     ensure!(took < LIMIT, "the repair took {took:?}");
     match mode {
-        // Only what asked the kernel meanwhile may be lost.
-        Ebpf => ensure!(
-            report.lost * 50 <= report.sent && report.duplicated == 0,
-            "{report:?}"
-        ),
+        Ebpf => ensure!(report.lost == 0 && report.duplicated == 0, "{report:?}"),
         Netlink => ensure!(
             report.longest_gap_ms < LIMIT.as_secs_f64() * 1000.0,
             "{report:?}"

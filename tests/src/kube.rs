@@ -46,7 +46,9 @@ pub enum Side {
     Netlink,
     /// The learned fast path.
     Learned,
-    /// The same, and TCP between pods from its SYN on.
+    /// The same with short connections by classes.
+    Classes,
+    /// The learned fast path, and TCP between pods from its SYN on.
     Direct,
 }
 
@@ -57,6 +59,7 @@ impl Side {
         match self {
             Self::Netlink => AgentOptions::in_mode(Mode::Netlink),
             Self::Learned => AgentOptions::in_mode(Mode::Ebpf).fast_path("learned"),
+            Self::Classes => Self::Learned.options().argument("--fast-path-classes=auto"),
             Self::Direct => AgentOptions::in_mode(Mode::Ebpf).fast_path("direct"),
         }
     }

@@ -15,7 +15,11 @@ use std::{
         unix::net::UnixStream,
     },
     path::Path,
-    sync::{Arc, Mutex, PoisonError, mpsc::Sender},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+        mpsc::Sender,
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -29,6 +33,7 @@ use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     neighbour::{NeighbourAttribute, NeighbourMessage},
+    route::RouteAttribute,
 };
 use netlink_sys::{
     Socket, SocketAddr,
@@ -99,6 +104,7 @@ impl Invalidation {
         conntrack: Conntrack,
         validity: Duration,
         own: Option<Sender<Command>>,
+        tunnel: Arc<AtomicU32>,
     ) -> Result<Self, EbpfError> {
         let counters = pinned(maps, COUNTERS)?;
         let failed = |source| EbpfError::Watch { source };
@@ -119,6 +125,7 @@ impl Invalidation {
             .map_err(failed)?,
             generation,
             own,
+            tunnel,
             conntrack,
             counters,
             state: Arc::clone(&state),
@@ -169,6 +176,7 @@ struct Watch {
     /// Who hands over what conntrack does not know yet.
     own: Option<Sender<Command>>,
     conntrack: Conntrack,
+    tunnel: Arc<AtomicU32>,
     counters: PerCpuArray<MapData, Tally>,
     state: Arc<Mutex<Bypass>>,
     /// Link addresses of neighbours: their states come and go without the way changing.
@@ -273,7 +281,11 @@ impl Watch {
                 Ok(length) => {
                     concerns |= match kind {
                         Kind::Rules | Kind::Policies => true,
-                        Kind::Ways => is_way(&mut self.neighbours, &self.buffer[..length]),
+                        Kind::Ways => is_way(
+                            &mut self.neighbours,
+                            self.tunnel.load(Ordering::Relaxed),
+                            &self.buffer[..length],
+                        ),
                     };
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return concerns,
@@ -455,7 +467,14 @@ struct Ready {
 }
 
 /// Can one of these messages change a packet's way?
-fn is_way(neighbours: &mut BTreeMap<(u32, Vec<u8>), Vec<u8>>, mut datagram: &[u8]) -> bool {
+///
+/// A route to `tunnel` that goes is none: either its peer went, which ends that peer's verdicts, or
+/// the agent puts it back, and whoever asked the stack meanwhile would be lost.
+fn is_way(
+    neighbours: &mut BTreeMap<(u32, Vec<u8>), Vec<u8>>,
+    tunnel: u32,
+    mut datagram: &[u8],
+) -> bool {
     let mut concerns = false;
     while !datagram.is_empty() {
         let Ok(message) = NetlinkMessage::<RouteNetlinkMessage>::deserialize(datagram) else {
@@ -463,6 +482,11 @@ fn is_way(neighbours: &mut BTreeMap<(u32, Vec<u8>), Vec<u8>>, mut datagram: &[u8
         };
         let length = (message.header.length as usize + 3) & !3;
         concerns |= match message.payload {
+            NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelRoute(route))
+                if route.attributes.contains(&RouteAttribute::Oif(tunnel)) =>
+            {
+                false
+            }
             NetlinkPayload::InnerMessage(
                 RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route),
             ) => {

@@ -26,7 +26,15 @@ mod pins;
 mod tables;
 mod trace;
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
 use flannel_ebpf::{
     layout::{FAST_PATH_LEARNED, LocalPod, NodeConfig, POD_IN_KERNEL, Tally},
@@ -179,6 +187,8 @@ pub struct EbpfDatapath {
     generation: Generation,
     flows: FlowTables,
     classes: ClassTable,
+    /// Interface index of the tunnel device, for whoever watches routes.
+    tunnel: Arc<AtomicU32>,
     /// While ways are learned.
     invalidation: Option<Invalidation>,
     /// The same: what an agent before us opened is handed over even if nothing opens any more.
@@ -213,6 +223,7 @@ impl EbpfDatapath {
             generation,
             flows,
             classes,
+            tunnel: Arc::default(),
             invalidation: None,
             own: None,
             is_emptied: false,
@@ -242,6 +253,7 @@ impl EbpfDatapath {
             let jiffies = self.programs.jiffies()?;
             self.generation.set_clock(jiffies);
         }
+        self.tunnel.store(wanted.node.tunnel, Ordering::Relaxed);
         // Before anything may bypass the stack, the stack is made ready and watched.
         let learned = wanted.node.flags & FAST_PATH_LEARNED != 0;
         if !learned {
@@ -265,6 +277,7 @@ impl EbpfDatapath {
                 Conntrack::new(self.options.conntrack_memory.clone()),
                 self.options.validity,
                 self.own.as_ref().and_then(OwnFlows::commands),
+                Arc::clone(&self.tunnel),
             )?);
         }
         self.tables.exclude(&wanted.exclusions)?;
@@ -376,6 +389,7 @@ impl EbpfDatapath {
             classes,
             invalidation,
             own,
+            tunnel: _,
             is_emptied: _,
             options: _,
             pins,
