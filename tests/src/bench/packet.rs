@@ -5,9 +5,8 @@ use std::net::Ipv4Addr;
 const ETHERNET: usize = 14;
 const IP: usize = 20;
 const UDP: usize = 8;
-/// Offsets in the frame.
+/// Offset in the frame.
 const CHECKSUM: usize = ETHERNET + 10;
-const DESTINATION: usize = ETHERNET + 16;
 
 /// Source and destination port of every datagram made here.
 pub const PORTS: (u16, u16) = (40_000, 6000);
@@ -37,11 +36,28 @@ pub fn datagram(
     with_checksum(frame)
 }
 
-/// The same frame to another IP address.
+/// The first packet of a TCP connection, in an Ethernet frame; its TCP checksum is for whoever
+/// receives it, which nobody does.
 #[must_use]
-pub fn sent_to(frame: &[u8], destination: Ipv4Addr) -> Vec<u8> {
-    let mut frame = frame.to_vec();
-    frame[DESTINATION..DESTINATION + 4].copy_from_slice(&destination.octets());
+pub fn opening(
+    (source_mac, source): ([u8; 6], Ipv4Addr),
+    (destination_mac, destination): ([u8; 6], Ipv4Addr),
+) -> Vec<u8> {
+    const TCP: u8 = 20;
+    // As a datagram of the same length, but for protocol and header.
+    let mut frame = datagram(
+        (source_mac, source),
+        (destination_mac, destination),
+        TCP - UDP as u8,
+    );
+    frame[ETHERNET + 9] = 6;
+    let tcp = &mut frame[ETHERNET + IP + 4..];
+    tcp.fill(0);
+    // Sequence number 1, header of five words, SYN, some window.
+    tcp[3] = 1;
+    tcp[8] = 5 << 4;
+    tcp[9] = 2;
+    tcp[10] = 64;
     with_checksum(frame)
 }
 
@@ -75,15 +91,22 @@ mod tests {
     use super::*;
 
     #[test]
+    fn an_opening_is_a_tcp_header_alone() {
+        let (one, other) = (Ipv4Addr::new(10, 0, 0, 1), Ipv4Addr::new(10, 0, 0, 2));
+        let frame = opening(([2; 6], one), ([4; 6], other));
+        assert_eq!(frame.len(), 14 + 20 + 20);
+        assert_eq!(folded_sum(&frame[14..34]), 0xffff);
+        assert_eq!((frame[23], frame[46] >> 4, frame[47]), (6, 5, 2));
+        assert_eq!(u16::from_be_bytes([frame[36], frame[37]]), PORTS.1);
+    }
+
+    #[test]
     fn lengths_and_checksums_agree() {
         let (one, other) = (Ipv4Addr::new(10, 0, 0, 1), Ipv4Addr::new(10, 0, 0, 2));
         let frame = datagram(([2; 6], one), ([4; 6], other), 64);
         assert_eq!(frame.len(), 14 + 20 + 8 + 64);
-        for frame in [frame.clone(), sent_to(&frame, Ipv4Addr::new(10, 9, 8, 7))] {
-            assert_eq!(folded_sum(&frame[14..34]), 0xffff);
-            assert_eq!(u16::from_be_bytes([frame[16], frame[17]]), 92);
-        }
-        assert_eq!(sent_to(&frame, other), frame);
+        assert_eq!(folded_sum(&frame[14..34]), 0xffff);
+        assert_eq!(u16::from_be_bytes([frame[16], frame[17]]), 92);
         assert_eq!(
             addressed_to(frame, [9; 6])[..12],
             [9, 9, 9, 9, 9, 9, 2, 2, 2, 2, 2, 2]

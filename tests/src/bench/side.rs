@@ -12,6 +12,8 @@ use super::{measure::Target, proof::Way};
 
 /// The side that ratios are taken to.
 pub const NETLINK: &str = "netlink";
+/// `learned` with classes of connections.
+pub const CLASSES: &str = "classes";
 /// The nodes themselves, without a rule.
 pub const HOST: &str = "host";
 /// The nodes themselves, with the rules of the others.
@@ -39,6 +41,8 @@ pub enum Agent {
         datapath: &'static str,
         /// `--fast-path`.
         fast_path: &'static str,
+        /// `--fast-path-classes auto`.
+        classes: bool,
     },
     /// Another program, from `--peer`.
     Other(PathBuf),
@@ -86,6 +90,7 @@ const fn pods(datapath: &'static str, fast_path: &'static str) -> Ends {
     Ends::Pods(Agent::Own {
         datapath,
         fast_path,
+        classes: false,
     })
 }
 
@@ -131,6 +136,17 @@ pub fn all() -> Vec<Side> {
             Some(Way::Learned),
         ),
         side(
+            CLASSES,
+            "the same, and short connections from the SYN on where such were let pass",
+            Ends::Pods(Agent::Own {
+                datapath: "ebpf",
+                fast_path: "learned",
+                classes: true,
+            }),
+            Way::Learned,
+            Some(Way::Learned),
+        ),
+        side(
             "direct",
             "pods by the programs, TCP between them from the SYN on, blind to policies",
             pods("ebpf", "direct"),
@@ -153,7 +169,11 @@ pub fn all() -> Vec<Side> {
 pub fn available(help: &str) -> Vec<Side> {
     let mut sides = all();
     sides.retain(|side| match &side.ends {
-        Ends::Pods(Agent::Own { fast_path, .. }) => knows_fast_path(help, fast_path),
+        Ends::Pods(Agent::Own {
+            fast_path, classes, ..
+        }) => {
+            knows_fast_path(help, fast_path) && (!classes || help.contains("--fast-path-classes"))
+        }
         _ => true,
     });
     sides

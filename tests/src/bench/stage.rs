@@ -153,13 +153,17 @@ impl Stage {
             Ends::Pods(AgentKind::Own {
                 datapath,
                 fast_path,
+                classes,
             }) => {
                 let lab = lab()?;
-                let options = AgentOptions {
+                let mut options = AgentOptions {
                     datapath,
                     fast_path,
                     ..AgentOptions::default()
                 };
+                if *classes {
+                    options = options.argument("--fast-path-classes=auto");
+                }
                 let agents = crate::agent::start_everywhere(&lab, &options)?;
                 with_pods(lab, network, agents, None)?
             }

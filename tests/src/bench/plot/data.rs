@@ -39,6 +39,7 @@ impl Bar {
             "host-nf" => "with rules",
             "netlink" => "as flannel",
             "learned" => "eBPF, default",
+            "classes" => "eBPF, opt-in",
             "direct" => "eBPF, blind",
             "veth" => "no node",
             _ => "another agent",

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::{
     memory::MapCost,
-    single::{datagrams_to, random_destinations},
+    single::{openings_to, random_destinations},
     statistics::UnderLoad,
 };
 use super::{measure::PROBES, probe::Pace, stage::Stage, stats::Summary};

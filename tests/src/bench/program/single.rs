@@ -100,8 +100,17 @@ fn batch(program: &str, client: &Pod, server: &Pod) -> Result<Option<Vec<f64>>> 
 
 /// A datagram of the client's as the host side of its veth receives it.
 fn outgoing(client: &Pod, server: &Pod) -> Result<Vec<u8>> {
-    let gateway = client.node().mac(BRIDGE)?;
-    let own: MacAddr = client
+    let (own, gateway) = macs(client)?;
+    Ok(packet::datagram(
+        (own, client.address()),
+        (gateway, server.address()),
+        64,
+    ))
+}
+
+/// MAC addresses of a pod and of its gateway.
+fn macs(pod: &Pod) -> Result<([u8; 6], [u8; 6])> {
+    let own: MacAddr = pod
         .namespace()
         .ip("-o link show dev eth0")?
         .split_whitespace()
@@ -109,11 +118,7 @@ fn outgoing(client: &Pod, server: &Pod) -> Result<Vec<u8>> {
         .nth(1)
         .context("the pod's eth0 has no MAC address")?
         .parse()?;
-    Ok(packet::datagram(
-        (own.0, client.address()),
-        (gateway.0, server.address()),
-        64,
-    ))
+    Ok((own.0, pod.node().mac(BRIDGE)?.0))
 }
 
 /// What `from_pod` makes of a packet, if it takes it.
@@ -185,14 +190,14 @@ pub fn random_destinations(client: &Pod, given: &[Vec<u8>]) -> Result<Summary> {
     Summary::of(&batches).context("no batches")
 }
 
-/// A datagram of `client` to any address, for [`random_destinations`].
+/// First packets of connections of `client` to any addresses, for [`random_destinations`].
 ///
 /// # Errors
 /// When the pod's addresses cannot be read.
-pub fn datagrams_to(client: &Pod, server: &Pod, destinations: &[Ipv4Addr]) -> Result<Vec<Vec<u8>>> {
-    let like = outgoing(client, server)?;
+pub fn openings_to(client: &Pod, destinations: &[Ipv4Addr]) -> Result<Vec<Vec<u8>>> {
+    let (own, gateway) = macs(client)?;
     Ok(destinations
         .iter()
-        .map(|destination| packet::sent_to(&like, *destination))
+        .map(|to| packet::opening((own, client.address()), (gateway, *to)))
         .collect())
 }
