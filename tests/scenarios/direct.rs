@@ -232,7 +232,12 @@ fn switch_modes(side: Side) {
         if mode == Netlink {
             return Ok(());
         }
-        kube.cluster.agents[0].wait_until("is back", |status| status.mode == Ebpf)?;
+        for agent in &mut kube.cluster.agents {
+            agent.wait_until("is back", |status| {
+                let bypass = status.bypass.as_ref();
+                status.mode == Ebpf && bypass.is_some_and(|bypass| bypass.own.is_some())
+            })?;
+        }
         Ok(())
     });
 }

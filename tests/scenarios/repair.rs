@@ -22,6 +22,9 @@ use lab::{
 /// How long a repair may take.
 const LIMIT: Duration = Duration::from_secs(1);
 
+/// The one damage that is a new way for packets.
+const MISROUTED: &str = "the peer's route is replaced by nonsense";
+
 struct Damage {
     what: &'static str,
     program: &'static str,
@@ -76,7 +79,7 @@ const DAMAGES: &[Damage] = &[
         arguments: |peer| format!("route del {}", peer.subnet),
     },
     Damage {
-        what: "the peer's route is replaced by nonsense",
+        what: MISROUTED,
         program: "ip",
         arguments: |peer| format!("route replace {} dev lo", peer.subnet),
     },
