@@ -1,6 +1,6 @@
 //! What is measured: a table of probes, and the figures that each gives.
 
-use super::{proof::Way, stats::Better};
+use super::stats::Better;
 use crate::traffic::request_response::Protocol;
 
 /// Where a probe's traffic goes.
@@ -136,14 +136,6 @@ impl Traffic {
             Self::Streams(_) => &STREAMS,
             Self::Many(_) => &MANY,
         }
-    }
-}
-
-impl Traffic {
-    /// Whether a way has anything that it could fill: flow tables, or what they are compared with.
-    #[must_use]
-    pub const fn concerns(self, way: Way) -> bool {
-        !matches!(self, Self::Many(_)) || !matches!(way, Way::Uplink | Way::Veth)
     }
 }
 

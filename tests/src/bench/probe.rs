@@ -192,7 +192,7 @@ fn first_packet(stage: &Stage, target: Target, pace: Pace) -> Result<Measured> {
         there: report.flows,
         back: report.flows,
     };
-    Ok((outcome, Flows::Short, passed))
+    Ok((outcome, Flows::First, passed))
 }
 
 fn flood(stage: &Stage, size: usize, target: Target, pace: Pace) -> Result<Measured> {

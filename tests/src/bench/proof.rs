@@ -17,6 +17,8 @@ pub enum Way {
     Programs,
     /// The programs, after the kernel has let a flow's first packets pass.
     Learned,
+    /// As `Learned`, and most of short connections by the programs as well.
+    Classes,
     /// By whatever another agent has: its programs or the tunnel device.
     Tunnelled,
     /// The veth between the ends; there is no node.
@@ -30,8 +32,10 @@ pub enum Flows {
     Long,
     /// Long ones that take their turns, each of which has to be learned first.
     Many,
-    /// A few packets each.
+    /// TCP connections of a few packets each.
     Short,
+    /// One packet of UDP each way.
+    First,
 }
 
 /// Which of the two nodes.
@@ -96,11 +100,18 @@ impl Way {
             Self::Uplink | Self::Veth => link >= packets && programs == 0 && tunnel == 0,
             Self::Kernel => tunnel >= packets && programs == 0,
             Self::Tunnelled => programs + tunnel >= packets,
+            // Whose first packet it is nobody knows.
+            Self::Programs | Self::Learned | Self::Classes if flows == Flows::First => {
+                programs + tunnel >= packets
+            }
             Self::Learned if flows == Flows::Short => programs + tunnel >= packets,
-            Self::Programs | Self::Learned if flows == Flows::Many => {
+            Self::Classes if flows == Flows::Short => {
+                programs + tunnel >= packets && programs >= tunnel
+            }
+            Self::Programs | Self::Learned | Self::Classes if flows == Flows::Many => {
                 programs + tunnel >= packets && programs >= tunnel / 4
             }
-            Self::Programs | Self::Learned => {
+            Self::Programs | Self::Learned | Self::Classes => {
                 programs + tunnel >= packets
                     && tunnel.saturating_mul(LEARNED_SHARE)
                         <= programs.max(LEARNED_SHARE * BEGINNINGS)
@@ -147,6 +158,16 @@ mod tests {
         assert!(!holds(Flows::Long, 5_000, 5_000));
         assert!(!holds(Flows::Long, 0, 10_000));
         assert!(holds(Flows::Short, 0, 10_000));
+    }
+
+    #[test]
+    fn classes_carry_most_short_connections() {
+        let holds = |flows, programs, tunnel| {
+            Way::Classes.holds(flows, seen(programs, tunnel, 0), programs + tunnel)
+        };
+        assert!(holds(Flows::Short, 9_000, 1_000));
+        assert!(!holds(Flows::Short, 1_000, 9_000));
+        assert!(holds(Flows::First, 0, 9_000));
     }
 
     #[test]

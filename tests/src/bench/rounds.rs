@@ -49,10 +49,8 @@ pub fn measure(
     for target in targets {
         let mut cells: Vec<Cell<'_>> = stages
             .iter()
-            .filter(|stage| {
-                let way = stage.side.way(*target);
-                way.is_some_and(|way| probe.traffic.concerns(way))
-            })
+            .filter(|stage| stage.side.way(*target).is_some())
+            .filter(|stage| stage.side.is_concerned_by(probe.traffic))
             .map(|stage| Cell {
                 stage,
                 target: *target,

@@ -8,7 +8,10 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, ensure};
 
-use super::{measure::Target, proof::Way};
+use super::{
+    measure::{Target, Traffic},
+    proof::Way,
+};
 
 /// The side that ratios are taken to.
 pub const NETLINK: &str = "netlink";
@@ -74,6 +77,24 @@ impl Side {
                 ..
             })
         )
+    }
+
+    /// Whether it may differ from its neighbours in such traffic. A benchmark has an end.
+    #[must_use]
+    pub fn is_concerned_by(&self, traffic: Traffic) -> bool {
+        match traffic {
+            // It is about tables of learned flows, and what they are compared with.
+            Traffic::Many(_) => self.name == NETLINK || self.to_pod == Way::Learned,
+            // Long flows are learned as without classes.
+            Traffic::Flood(_) | Traffic::Streams(_) => !self.is_classes(),
+            _ => true,
+        }
+    }
+
+    /// Whether it is `learned` but for its short connections.
+    #[must_use]
+    pub fn is_classes(&self) -> bool {
+        matches!(self.ends, Ends::Pods(Agent::Own { classes: true, .. }))
     }
 
     /// The way that packets have to take.
@@ -143,7 +164,7 @@ pub fn all() -> Vec<Side> {
                 fast_path: "learned",
                 classes: true,
             }),
-            Way::Learned,
+            Way::Classes,
             Some(Way::Learned),
         ),
         side(
@@ -250,6 +271,7 @@ impl Peer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bench::measure::PROBES;
 
     const HELP: &str = "      --fast-path <FAST_PATH>\n          Which packets\n\n          [possible values: off, direct]\n\n      --forged-vxlan <X>\n          what is learned";
 
@@ -264,6 +286,21 @@ mod tests {
         );
         let later = HELP.replace("off, direct", "off, learned, direct");
         assert_eq!(names(&later).len(), 6);
+    }
+
+    #[test]
+    fn what_cannot_differ_is_not_measured_twice() {
+        let concerned = |probe: &str| -> Vec<String> {
+            let probe = PROBES.iter().find(|one| one.name == probe).expect("it");
+            let sides = all().into_iter();
+            sides
+                .filter(|side| side.is_concerned_by(probe.traffic))
+                .map(|side| side.name)
+                .collect()
+        };
+        assert_eq!(concerned("tcp_crr").len(), all().len());
+        assert!(!concerned("tcp_stream").contains(&CLASSES.to_owned()));
+        assert_eq!(concerned("udp_15000_in_turn"), ["netlink", "learned"]);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     probe::Pace,
     select::{Part, Selection},
-    side::{CLASSES, NETLINK, Side},
+    side::{NETLINK, Side},
     stats::Summary,
 };
 
@@ -118,7 +118,7 @@ pub fn measure(
         .filter(|side| selection.side(&side.name))
         .filter(|side| side.name == NETLINK || side.has_programs())
         // Long flows, which classes leave to what is learned.
-        .filter(|side| side.name != CLASSES)
+        .filter(|side| !side.is_classes())
         .collect();
     let mut curves = Vec::new();
     if selection.part(Part::GrowthOfAgent) {
