@@ -185,6 +185,7 @@ fn among(stage: &Stage, flows: u32, pace: Pace) -> Result<f64> {
         there: report.all,
         back: report.all,
     };
-    watch.expect(way, proof::Flows::Short, passed)?;
+    // With more of them than the tables hold, some take the kernel again and again.
+    watch.expect(way, proof::Flows::First, passed)?;
     Ok(report.per_second)
 }
