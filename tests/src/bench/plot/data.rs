@@ -36,11 +36,11 @@ impl Bar {
     pub fn kind(&self) -> &'static str {
         match self.side.as_str() {
             "host" => "no rules",
-            "host-nf" => "with rules",
-            "netlink" => "as flannel",
-            "learned" => "eBPF, default",
-            "classes" => "eBPF, opt-in",
-            "direct" => "eBPF, blind",
+            "host-nf" => "rules",
+            "netlink" => "flannel's",
+            "learned" => "default",
+            "classes" => "opt-in",
+            "direct" => "blind",
             "veth" => "no node",
             _ => "another agent",
         }
