@@ -48,7 +48,7 @@ fn shorten(kube: &Kube) -> Result<()> {
 fn close_in_every_way(kube: &Kube, via: Via) -> Result<Left> {
     shorten(kube)?;
     let count = u64::from(repetitions(1050, 10_000)) / 7;
-    let arguments = format!("--count {count} --at-once 16 --exchanges 8 --size 512");
+    let arguments = format!("--count {count} --at-once 16 --exchanges 12 --size 512");
     let mut troubles = 0;
     let before = kube.taken()?;
     for ending in Ending::ORDERLY {
