@@ -314,7 +314,7 @@ pub(super) fn mark_translated(class: &ClassKey) {
     }
     // A constant behind a reference would become a section of the object, and so a map.
     let value = core::hint::black_box(1);
-    let _ = TRANSLATED.insert(class, &value, 0);
+    let _ = TRANSLATED.insert(class, value, 0);
 }
 
 /// Withdraws the entry of a flow that a pod sends.

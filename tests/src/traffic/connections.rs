@@ -1,7 +1,7 @@
 //! Many TCP connections, each of which ends in a chosen way, data checked.
 //!
 //! A client worker runs one connection after the other; the server has a
-//! thread for each. The first bytes tell the server what to do ([`Plan`]).
+//! thread for each. The first bytes tell the server what to do (`Plan`).
 
 use std::{
     io::{self, Read, Write},
