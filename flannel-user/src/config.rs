@@ -132,7 +132,7 @@ pub struct Flags {
         long,
         value_enum,
         ignore_case = true,
-        default_value = "off",
+        default_value = "auto",
         help_heading = "Datapath"
     )]
     pub fast_path_classes: Classes,

@@ -44,9 +44,9 @@ const UDP_PORTS: [u16; 4] = [ECHO_PORT, RR_PORT, MANY_PORT, RECEIVE_PORT];
 pub enum Side {
     /// The kernel's: the reference.
     Netlink,
-    /// The learned fast path.
+    /// The learned fast path, where every connection opens and ends in the kernel.
     Learned,
-    /// The same with short connections by classes.
+    /// The same with short connections by classes: the default.
     Classes,
     /// The learned fast path, and TCP between pods from its SYN on.
     Direct,
@@ -58,8 +58,8 @@ impl Side {
     pub fn options(self) -> AgentOptions {
         match self {
             Self::Netlink => AgentOptions::in_mode(Mode::Netlink),
-            Self::Learned => AgentOptions::in_mode(Mode::Ebpf).fast_path("learned"),
-            Self::Classes => Self::Learned.options().argument("--fast-path-classes=auto"),
+            Self::Learned => Self::Classes.options().argument("--fast-path-classes=off"),
+            Self::Classes => AgentOptions::in_mode(Mode::Ebpf).fast_path("learned"),
             Self::Direct => AgentOptions::in_mode(Mode::Ebpf).fast_path("direct"),
         }
     }

@@ -161,8 +161,8 @@ impl Stage {
                     fast_path,
                     ..AgentOptions::default()
                 };
-                if *classes {
-                    options = options.argument("--fast-path-classes=auto");
+                if !*classes {
+                    options = options.argument("--fast-path-classes=off");
                 }
                 let agents = crate::agent::start_everywhere(&lab, &options)?;
                 with_pods(lab, network, agents, None)?

@@ -39,7 +39,7 @@ impl Bar {
             "host-nf" => "rules",
             "netlink" => "flannel's",
             "learned" => "default",
-            "classes" => "opt-in",
+            "learned-flows" => "no classes",
             "direct" => "blind",
             "veth" => "no node",
             _ => "another agent",
