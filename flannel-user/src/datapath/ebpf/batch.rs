@@ -79,7 +79,8 @@ fn expect_sizes<K, V>(map: &MapData) -> io::Result<()> {
     Ok(())
 }
 
-/// Calls `visit` with each entry of a hash map whose keys are `K` and whose values are `V`.
+/// Calls `visit` with each entry of a hash map or an array whose keys are `K` and whose values are
+/// `V`.
 ///
 /// # Errors
 /// What the kernel says; what was visited before stays visited.
