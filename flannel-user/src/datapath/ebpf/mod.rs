@@ -17,6 +17,7 @@
 
 mod attach;
 pub mod batch;
+mod counters;
 pub mod epoch;
 mod flows;
 pub mod invalidation;

@@ -21,7 +21,7 @@ use flannel_ebpf::{
 use ipnet::Ipv4Net;
 use tracing::debug;
 
-use super::{EbpfError, batch, epoch::Generation, object::Programs};
+use super::{EbpfError, batch, counters, epoch::Generation, object::Programs};
 use crate::datapath::{exclusion::Exclusions, remotes::Remotes};
 
 /// From so many new entries on they are written in batches.
@@ -292,15 +292,8 @@ impl MapTables {
         Reason::ALL
             .iter()
             .map(|reason| {
-                let per_cpu = self
-                    .counters
-                    .get(&reason.index(), 0)
-                    .map_err(failed("read", COUNTERS))?;
-                let sum = per_cpu.iter().fold(Tally::default(), |sum, tally| Tally {
-                    packets: sum.packets + tally.packets,
-                    bytes: sum.bytes + tally.bytes,
-                });
-                Ok((*reason, sum))
+                let tally = counters::total(&self.counters, *reason);
+                Ok((*reason, tally.map_err(failed("read", COUNTERS))?))
             })
             .collect()
     }

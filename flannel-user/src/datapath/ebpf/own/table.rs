@@ -12,7 +12,7 @@ use flannel_ebpf::{
     reason::Reason,
 };
 
-use super::super::{EbpfError, batch, epoch::pinned};
+use super::super::{EbpfError, batch, counters, epoch::pinned};
 
 /// `BPF_MAP_LOOKUP_AND_DELETE_ELEM`; for hashes since Linux 5.14, as TCP that bypasses is.
 const LOOKUP_AND_DELETE: libc::c_long = 21;
@@ -78,8 +78,7 @@ impl OwnTable {
 
     /// How often that has happened so far.
     pub(super) fn count(&self, reason: Reason) -> u64 {
-        let per_cpu = self.counters.get(&reason.index(), 0);
-        per_cpu.map_or(0, |per_cpu| per_cpu.iter().map(|tally| tally.packets).sum())
+        counters::total(&self.counters, reason).map_or(0, |tally| tally.packets)
     }
 
     /// Takes an entry out in one step: what it held in the end.
