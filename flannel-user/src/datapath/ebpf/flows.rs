@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, btree_map::Entry as MapEntry},
-    net::{Ipv4Addr, SocketAddrV4},
+    net::Ipv4Addr,
     path::Path as FilePath,
 };
 
@@ -21,6 +21,7 @@ use flannel_ebpf::{
 
 use super::{
     EbpfError, batch,
+    ends::end,
     epoch::{Clock, pinned},
 };
 use crate::observe::flows::{Direction, Ends, Filter, Flow, Path, Protocol, Table, Why};
@@ -155,10 +156,6 @@ fn is_full(flows: u64, capacity: u64, cpus: u64) -> bool {
     // As the kernel's bpf_lru_list counts.
     let spare = (capacity / cpus.max(1) / 2).clamp(1, MOST_SPARE);
     flows + spare * cpus >= capacity
-}
-
-fn end(address: [u8; 4], port: [u8; 2]) -> SocketAddrV4 {
-    SocketAddrV4::new(address.into(), u16::from_be_bytes(port))
 }
 
 fn protocol(key: &FlowKey) -> Option<Protocol> {

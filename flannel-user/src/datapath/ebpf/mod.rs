@@ -18,6 +18,7 @@
 mod attach;
 pub mod batch;
 mod counters;
+mod ends;
 pub mod epoch;
 mod flows;
 pub mod invalidation;

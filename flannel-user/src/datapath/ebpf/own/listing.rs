@@ -7,7 +7,10 @@ use flannel_ebpf::{
     layout::{
         CLASSES, Class, ClassKey, Epoch, GENERATIONS, RemoteSubnet, TRANSLATED, generation_slot,
     },
-    own::class::{self, Now, Standing},
+    own::{
+        self,
+        class::{self, Now, Standing},
+    },
     reason::Reason,
     sighting::Way,
 };
@@ -74,7 +77,7 @@ impl ClassTable {
                 pod: generation(key.pod),
                 peer: generation(node),
             };
-            let is_client = key.opener == Way::Out as u8;
+            let is_client = own::opener(key.opener) == Way::Out;
             let reason = if is_client && self.translated.get(&key, 0).is_ok() {
                 Some(Reason::OwnTranslated)
             } else {
