@@ -23,6 +23,7 @@ use super::{
     EbpfError, batch,
     ends::end,
     epoch::{Clock, pinned},
+    map_failed,
 };
 use crate::observe::flows::{Direction, Ends, Filter, Flow, Path, Protocol, Table, Why};
 
@@ -58,8 +59,9 @@ struct Entry {
 impl FlowTables {
     /// Opens the tables of `capacity` flows each that are pinned in `maps`.
     pub(super) fn open(maps: &FilePath, capacity: u32) -> Result<Self, EbpfError> {
-        let open =
-            |name: &'static str| MapData::from_pin(maps.join(name)).map_err(failed("open", name));
+        let open = |name: &'static str| {
+            MapData::from_pin(maps.join(name)).map_err(map_failed("open", name))
+        };
         Ok(Self {
             sent: open(FLOWS_OUT)?,
             received: open(FLOWS_IN)?,
@@ -113,7 +115,7 @@ impl FlowTables {
             for slot in [entry.verdict.pod_slot, entry.verdict.peer_slot] {
                 if let MapEntry::Vacant(place) = generations.entry(slot) {
                     let generation = self.generations.get(&u32::from(slot), 0);
-                    place.insert(generation.map_err(failed("read", GENERATIONS))?);
+                    place.insert(generation.map_err(map_failed("read", GENERATIONS))?);
                 }
             }
         }
@@ -138,16 +140,8 @@ impl FlowTables {
     }
 }
 
-fn failed(action: &'static str, map: &'static str) -> impl FnOnce(MapError) -> EbpfError {
-    move |source| EbpfError::Map {
-        action,
-        map,
-        source,
-    }
-}
-
 fn unread(map: &'static str) -> impl FnOnce(std::io::Error) -> EbpfError {
-    move |source| failed("read", map)(MapError::IoError(source))
+    move |source| map_failed("read", map)(MapError::IoError(source))
 }
 
 /// Does a new entry displace one? Each CPU keeps some unused ones aside, so a table never fills

@@ -21,7 +21,7 @@ use flannel_ebpf::{
 use ipnet::Ipv4Net;
 use tracing::debug;
 
-use super::{EbpfError, batch, counters, epoch::Generation, object::Programs};
+use super::{EbpfError, batch, counters, epoch::Generation, map_failed, object::Programs};
 use crate::datapath::{exclusion::Exclusions, remotes::Remotes};
 
 /// From so many new entries on they are written in batches.
@@ -91,7 +91,7 @@ struct Mirror<M, K, V> {
 
 impl<M: Keyed<K, V>, K: Ord + Clone, V: PartialEq + Clone> Mirror<M, K, V> {
     fn open(name: &'static str, map: M) -> Result<Self, EbpfError> {
-        let held = map.entries().map_err(failed("list", name))?;
+        let held = map.entries().map_err(map_failed("list", name))?;
         Ok(Self { name, map, held })
     }
 
@@ -138,7 +138,7 @@ impl<M: Keyed<K, V>, K: Ord + Clone, V: PartialEq + Clone> Mirror<M, K, V> {
             if !is_done {
                 self.map
                     .put(&key, &value)
-                    .map_err(failed("write", self.name))?;
+                    .map_err(map_failed("write", self.name))?;
             }
             self.held.insert(key, value);
         }
@@ -162,7 +162,7 @@ impl<M: Keyed<K, V>, K: Ord + Clone, V: PartialEq + Clone> Mirror<M, K, V> {
                 .collect(),
         };
         for key in stale {
-            absent(self.map.delete(&key)).map_err(failed("remove from", self.name))?;
+            absent(self.map.delete(&key)).map_err(map_failed("remove from", self.name))?;
             self.held.remove(&key);
         }
         Ok(())
@@ -194,7 +194,7 @@ impl MapTables {
                 programs
                     .take_map($name)?
                     .try_into()
-                    .map_err(failed("use", $name))?
+                    .map_err(map_failed("use", $name))?
             };
         }
         spread_idents(map!(IDENT))?;
@@ -232,7 +232,9 @@ impl MapTables {
         self.remotes.add(subnets, touched.subnets())?;
         self.pods.add(pods, None)?;
         if self.written_node.as_ref() != Some(node) {
-            self.node.set(0, node, 0).map_err(failed("write", NODE))?;
+            self.node
+                .set(0, node, 0)
+                .map_err(map_failed("write", NODE))?;
             self.written_node = Some(*node);
             generation.raise();
         }
@@ -271,7 +273,7 @@ impl MapTables {
             for (index, word) in (0_u32..).zip(&ports) {
                 self.excluded_ports
                     .set(index, word, 0)
-                    .map_err(failed("write", EXCLUDED_PORTS))?;
+                    .map_err(map_failed("write", EXCLUDED_PORTS))?;
             }
             self.ports = ports;
             forget(FLOWS_OUT, &mut self.flows_out)?;
@@ -293,7 +295,7 @@ impl MapTables {
             .iter()
             .map(|reason| {
                 let tally = counters::total(&self.counters, *reason);
-                Ok((*reason, tally.map_err(failed("read", COUNTERS))?))
+                Ok((*reason, tally.map_err(map_failed("read", COUNTERS))?))
             })
             .collect()
     }
@@ -306,7 +308,7 @@ fn port_words(ports: &Array<MapData, u64>) -> Result<Vec<u64>, EbpfError> {
         words[*index as usize] = *word;
     })
     .map_err(MapError::IoError)
-    .map_err(failed("read", EXCLUDED_PORTS))?;
+    .map_err(map_failed("read", EXCLUDED_PORTS))?;
     Ok(words)
 }
 
@@ -316,8 +318,8 @@ fn forget<V: Pod>(
     flows: &mut HashMap<MapData, FlowKey, V>,
 ) -> Result<(), EbpfError> {
     let keys: Result<Vec<FlowKey>, MapError> = flows.keys().collect();
-    for key in keys.map_err(failed("list", name))? {
-        absent(flows.remove(&key)).map_err(failed("remove from", name))?;
+    for key in keys.map_err(map_failed("list", name))? {
+        absent(flows.remove(&key)).map_err(map_failed("remove from", name))?;
     }
     Ok(())
 }
@@ -335,18 +337,10 @@ fn absent(removed: Result<(), MapError>) -> Result<(), MapError> {
     }
 }
 
-fn failed(action: &'static str, map: &'static str) -> impl FnOnce(MapError) -> EbpfError {
-    move |source| EbpfError::Map {
-        action,
-        map,
-        source,
-    }
-}
-
 /// Gives each CPU its own stretch of outer IP identifications, so that two of
 /// them seldom use the same one at the same time. Running counters stay.
 fn spread_idents(mut idents: PerCpuArray<MapData, u32>) -> Result<(), EbpfError> {
-    let running = idents.get(&0, 0).map_err(failed("read", IDENT))?;
+    let running = idents.get(&0, 0).map_err(map_failed("read", IDENT))?;
     if running.iter().any(|ident| *ident != 0) {
         return Ok(());
     }
@@ -355,6 +349,6 @@ fn spread_idents(mut idents: PerCpuArray<MapData, u32>) -> Result<(), EbpfError>
     let starts: Vec<u32> = (0..running.len() as u32).map(|cpu| cpu * stretch).collect();
     let values = PerCpuValues::try_from(starts)
         .map_err(MapError::IoError)
-        .map_err(failed("write", IDENT))?;
-    idents.set(0, values, 0).map_err(failed("write", IDENT))
+        .map_err(map_failed("write", IDENT))?;
+    idents.set(0, values, 0).map_err(map_failed("write", IDENT))
 }

@@ -12,7 +12,7 @@ use flannel_ebpf::{
     reason::Reason,
 };
 
-use super::super::{EbpfError, batch, counters, epoch::pinned};
+use super::super::{EbpfError, batch, counters, epoch::pinned, map_failed};
 
 /// `BPF_MAP_LOOKUP_AND_DELETE_ELEM`; for hashes since Linux 5.14, as TCP that bypasses is.
 const LOOKUP_AND_DELETE: libc::c_long = 21;
@@ -39,24 +39,19 @@ struct Attributes {
 
 impl OwnTable {
     pub(super) fn open(maps: &Path) -> Result<Self, EbpfError> {
-        let failed = |map: &'static str| {
-            move |source: MapError| EbpfError::Map {
-                action: "open",
-                map,
-                source,
-            }
-        };
-        let open = |name: &'static str| MapData::from_pin(maps.join(name)).map_err(failed(name));
+        let open = |name| MapData::from_pin(maps.join(name)).map_err(map_failed("open", name));
         Ok(Self {
             flows: open(OWN)?,
-            entries: Map::HashMap(open(OWN)?).try_into().map_err(failed(OWN))?,
+            entries: Map::HashMap(open(OWN)?)
+                .try_into()
+                .map_err(map_failed("open", OWN))?,
             translated: Map::LruHashMap(open(TRANSLATED)?)
                 .try_into()
-                .map_err(failed(TRANSLATED))?,
+                .map_err(map_failed("open", TRANSLATED))?,
             class_data: open(CLASSES)?,
             classes: Map::HashMap(open(CLASSES)?)
                 .try_into()
-                .map_err(failed(CLASSES))?,
+                .map_err(map_failed("open", CLASSES))?,
             counters: pinned(maps, COUNTERS)?,
         })
     }
