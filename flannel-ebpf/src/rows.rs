@@ -45,6 +45,21 @@ pub const IFINDEX: u32 = 1;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 
+/// A generation that was not raised lately. By it alone nothing bypasses the stack, nor opens.
+pub const EPOCH: Epoch = Epoch {
+    generation: 7,
+    grace_until: 0,
+    flags: 0,
+    validity: 2_000,
+    probe_gap: 250,
+    recheck_gap: 5,
+    own_until: 0,
+    own_linger: 0,
+    class_generation: 7,
+    class_validity: 1_000,
+    class_patience: 250,
+};
+
 /// This node as the rows need it.
 #[must_use]
 pub fn node() -> NodeConfig {
@@ -133,16 +148,11 @@ impl Default for Fixture {
             translated: BTreeSet::new(),
             epoch: Epoch {
                 generation: 1,
-                grace_until: 0,
+                class_generation: 1,
                 flags: BYPASS_ANY | BYPASS_TCP,
-                validity: 2_000,
-                probe_gap: 250,
-                recheck_gap: 5,
                 own_until: 3_000,
                 own_linger: 1_900,
-                class_generation: 1,
-                class_validity: 1_000,
-                class_patience: 250,
+                ..EPOCH
             },
             generations: BTreeMap::new(),
             jiffies: 0,
