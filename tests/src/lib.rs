@@ -18,6 +18,7 @@ pub mod cluster;
 pub mod conntrack;
 pub mod demo;
 pub mod door;
+pub mod ends;
 pub mod etcd;
 pub mod etcd_cluster;
 pub mod exchange;

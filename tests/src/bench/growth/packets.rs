@@ -24,8 +24,8 @@ use crate::{
         side::Side,
         stage::{Passed, Port, Stage},
     },
+    ends::Ends,
     node::Node,
-    task::Task,
     traffic::flows::{FlowsReport, ServeReport},
 };
 
@@ -158,23 +158,20 @@ pub(super) fn flows(sides: &[&Side], sizes: &[u32], pace: Pace) -> Result<Vec<Cu
 }
 
 fn among(stage: &Stage, flows: u32, pace: Pace) -> Result<f64> {
-    let (to, port) = stage.way_to(Port::Flows, Target::Pod);
+    let to = stage.way_to(Port::Flows, Target::Pod);
     let (cpu, seconds, turns) = (pace.cpu, pace.seconds, turns(flows));
     let way = stage.side.way(Target::Pod).context("a side between pods")?;
     stage.warm_up()?;
     let watch = stage.watch()?;
-    let server = Task::start(
-        stage.server(),
-        &format!("flows-serve --port {port} --ports {SERVER_PORTS} --cpu {cpu}"),
-    )?;
-    let report: FlowsReport = Task::start(
+    let (report, served): (FlowsReport, ServeReport) = Ends::start(
         stage.client(),
+        (stage.server(), to),
+        &format!("flows-serve --ports {SERVER_PORTS} --cpu {cpu}"),
         &format!(
-            "flows --to {to} --ports {SERVER_PORTS} --flows {flows} --turns {turns} --seconds {seconds} --cpu {cpu}"
+            "flows --ports {SERVER_PORTS} --flows {flows} --turns {turns} --seconds {seconds} --cpu {cpu}"
         ),
     )?
     .result()?;
-    let served: ServeReport = server.finish()?;
     ensure!(
         served.answered == report.all,
         "{} requests were answered of {}",
