@@ -385,12 +385,7 @@ pub fn request_response(
         &format!("rr {common} --seconds {seconds}"),
     )?
     .result()?;
-    ensure!(
-        served.answered == report.all_transactions,
-        "{} requests were answered, {} responses came",
-        served.answered,
-        report.all_transactions
-    );
+    served.check(report.all_transactions)?;
     Ok(report)
 }
 

@@ -159,12 +159,7 @@ fn first_packet(stage: &Stage, target: Target, pace: Pace) -> Result<Measured> {
         &format!("rr-first --count {NEW_FLOWS} --cpu {cpu}"),
     )?
     .result()?;
-    ensure!(
-        served.answered == report.flows,
-        "{} first packets, {} answers",
-        report.flows,
-        served.answered
-    );
+    served.check(report.flows)?;
     let latency = report.latency;
     let outcome = Outcome {
         figures: vec![latency.p50_us, latency.p99_us],

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -26,7 +26,7 @@ use crate::{
     },
     ends::Ends,
     node::Node,
-    traffic::flows::{FlowsReport, ServeReport},
+    traffic::{flows::FlowsReport, request_response::ServeReport},
 };
 
 /// Rounds at each point.
@@ -172,12 +172,7 @@ fn among(stage: &Stage, flows: u32, pace: Pace) -> Result<f64> {
         ),
     )?
     .result()?;
-    ensure!(
-        served.answered == report.all,
-        "{} requests were answered of {}",
-        served.answered,
-        report.all
-    );
+    served.check(report.all)?;
     let passed = Passed {
         there: report.all,
         back: report.all,
