@@ -16,7 +16,7 @@ pub use self::{
         EPOCH, Fixture, IFINDEX, NODE_A, NODE_B, NODE_C, POD_A, POD_A2, POD_B, POD_C, node, pods,
         remotes,
     },
-    packets::{Ip, incoming, outgoing},
+    packets::{Ip, checksum, incoming, outgoing},
     way_in::way_in,
     way_out::way_out,
 };

@@ -7,11 +7,12 @@ use super::fixture::{
 pub(super) const TCP: u8 = 6;
 pub(super) const UDP: u8 = 17;
 
-/// One's complement sum over a whole header, folded and inverted.
-pub(super) fn full_checksum(bytes: &[u8]) -> [u8; 2] {
+/// The Internet checksum of these bytes; of bytes that hold theirs, zero.
+#[must_use]
+pub fn checksum(bytes: &[u8]) -> [u8; 2] {
     let mut sum: u32 = bytes
         .chunks(2)
-        .map(|word| u32::from(word[0]) << 8 | u32::from(word[1]))
+        .map(|word| u32::from(word[0]) << 8 | word.get(1).copied().map_or(0, u32::from))
         .sum();
     while sum > 0xffff {
         sum = (sum >> 16) + (sum & 0xffff);
@@ -54,7 +55,7 @@ impl Ip {
         header.extend(self.addresses.0);
         header.extend(self.addresses.1);
         header.extend(&self.options);
-        let check = full_checksum(&header);
+        let check = checksum(&header);
         header[10..12].copy_from_slice(&check);
         header.extend(&self.payload);
         header
