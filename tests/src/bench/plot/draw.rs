@@ -67,6 +67,28 @@ fn io<E: std::error::Error + Send + Sync + 'static>(error: E) -> Error {
     Error::new(error)
 }
 
+/// What is left of a picture below its title, and above so many pixels at its foot.
+fn headed<B: DrawingBackend>(
+    area: &DrawingArea<B, Shift>,
+    title: &str,
+    foot: i32,
+) -> Result<DrawingArea<B, Shift>>
+where
+    B::ErrorType: 'static,
+{
+    let area = area.margin(14, foot, 0, 0);
+    area.titled(title, text(28, BLACK)).map_err(io)
+}
+
+/// Room for so many parts, row by row.
+fn parts<B: DrawingBackend>(
+    area: &DrawingArea<B, Shift>,
+    count: usize,
+) -> Vec<DrawingArea<B, Shift>> {
+    let columns = columns(count);
+    area.split_evenly((count.div_ceil(columns), columns))
+}
+
 /// A title, then one panel of bars for each measure.
 pub(super) fn bars<B: DrawingBackend>(
     area: &DrawingArea<B, Shift>,
@@ -81,11 +103,8 @@ where
     let below = text(15, GREY).pos(Pos::new(HPos::Center, VPos::Bottom));
     let place = (width as i32 / 2, height as i32 - 8);
     area.draw(&Text::new(READING, place, below)).map_err(io)?;
-    let area = area.margin(14, 30, 0, 0);
-    let area = area.titled(title, text(28, BLACK)).map_err(io)?;
-    let columns = columns(panels.len());
-    let rows = panels.len().div_ceil(columns);
-    for (part, panel) in area.split_evenly((rows, columns)).iter().zip(panels) {
+    let area = headed(area, title, 30)?;
+    for (part, panel) in parts(&area, panels.len()).iter().zip(panels) {
         bars_of(part, panel)?;
     }
     Ok(())
@@ -168,14 +187,11 @@ where
     B::ErrorType: 'static,
 {
     area.fill(&WHITE).map_err(io)?;
-    let area = area.margin(14, 0, 0, 0);
-    let area = area.titled(title, text(28, BLACK)).map_err(io)?;
+    let area = headed(area, title, 0)?;
     if let [only] = charts {
         return distribution(&area, only);
     }
-    let columns = columns(charts.len());
-    let rows = charts.len().div_ceil(columns);
-    for (part, chart) in area.split_evenly((rows, columns)).iter().zip(charts) {
+    for (part, chart) in parts(&area, charts.len()).iter().zip(charts) {
         growth(part, chart)?;
     }
     Ok(())
