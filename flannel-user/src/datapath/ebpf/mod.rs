@@ -25,6 +25,7 @@ pub mod invalidation;
 mod object;
 mod own;
 mod pins;
+mod syscall;
 mod tables;
 mod trace;
 

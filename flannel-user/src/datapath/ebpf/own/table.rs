@@ -12,7 +12,7 @@ use flannel_ebpf::{
     reason::Reason,
 };
 
-use super::super::{EbpfError, batch, counters, epoch::pinned, map_failed};
+use super::super::{EbpfError, batch, counters, epoch::pinned, map_failed, syscall::bpf};
 
 /// `BPF_MAP_LOOKUP_AND_DELETE_ELEM`; for hashes since Linux 5.14, as TCP that bypasses is.
 const LOOKUP_AND_DELETE: libc::c_long = 21;
@@ -79,7 +79,7 @@ impl OwnTable {
     /// Takes an entry out in one step: what it held in the end.
     pub(super) fn take(&self, key: &FlowKey) -> io::Result<Option<OwnFlow>> {
         let mut value = OwnFlow::default();
-        let attributes = Attributes {
+        let mut attributes = Attributes {
             map: self.flows.fd().as_fd().as_raw_fd().cast_unsigned(),
             _pad: 0,
             key: (&raw const *key) as u64,
@@ -88,20 +88,10 @@ impl OwnTable {
         };
         // SAFETY: key and value are of the sizes that the map was pinned with, and live until the
         // kernel returns.
-        let answer = unsafe {
-            libc::syscall(
-                libc::SYS_bpf,
-                LOOKUP_AND_DELETE,
-                &raw const attributes,
-                size_of::<Attributes>(),
-            )
-        };
-        if answer == 0 {
-            return Ok(Some(value));
-        }
-        match io::Error::last_os_error() {
-            error if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
-            error => Err(error),
+        match unsafe { bpf(LOOKUP_AND_DELETE, &mut attributes) } {
+            Ok(()) => Ok(Some(value)),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Err(error) => Err(error),
         }
     }
 
