@@ -13,6 +13,7 @@ use flannel_user::observe::status::Mode;
 use crate::{
     agent::AgentOptions,
     cluster::Cluster,
+    ends::Ends,
     exchange::{ECHO_PORT, RECEIVE_PORT, RR_PORT, RunningPing, RunningStream, STREAM_PORT},
     lab::Lab,
     namespace::Namespace,
@@ -21,7 +22,6 @@ use crate::{
     pod::Pod,
     scenario::scenario,
     services::Rules,
-    task::Task,
     traffic::{
         connections::{ConnectionsReport, Ending},
         many_flows::ManyReport,
@@ -275,17 +275,12 @@ pub fn with_endpoint(rules: Rules, server: &Pod) -> Rules {
 /// When a tool failed.
 pub fn connections(
     from: &Namespace,
-    (to, target): (&Namespace, SocketAddrV4),
+    to: (&Namespace, SocketAddrV4),
     ending: Ending,
     arguments: &str,
 ) -> Result<(ConnectionsReport, ConnectionsReport)> {
-    let server = Task::start(to, &format!("connections-serve --port {CONNECTIONS_PORT}"))?;
-    let ending = ending.name();
-    let client = Task::start(
-        from,
-        &format!("connections --to {target} --ending {ending} {arguments}"),
-    )?;
-    Ok((client.result()?, server.finish()?))
+    let ask = format!("connections --ending {} {arguments}", ending.name());
+    Ends::start(from, to, "connections-serve", &ask)?.result()
 }
 
 /// What the same body gave on both sides.
