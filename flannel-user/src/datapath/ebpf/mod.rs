@@ -1,7 +1,7 @@
 //! The eBPF datapath: programs above the kernel path, filled and attached by us.
 //!
-//! Switching on is load, fill, attach; switching off is detach, then drop. All
-//! that must outlive the agent is pinned:
+//! Switching on is load, fill, attach; switching off is detach, then drop, though not at once:
+//! see [`parked`]. All that must outlive the agent is pinned:
 //!
 //! ```text
 //! <bpf-dir>/vni<VNI>/<layout>/maps/<NAME>
@@ -22,8 +22,10 @@ mod flows;
 pub mod invalidation;
 mod object;
 mod own;
+mod parked;
 mod pins;
 mod tables;
+mod tcx;
 mod trace;
 
 use std::{
@@ -56,6 +58,7 @@ pub use self::{
     attach::{CLSACT_PRIORITY, TcAttach},
     object::Programs,
     own::OwnState,
+    parked::Parked,
     tables::Addresses,
 };
 use super::{conntrack::Conntrack, exclusion::Exclusions, pods::Pod, remotes::Remotes};
@@ -374,35 +377,24 @@ impl EbpfDatapath {
         self.tables.counters()
     }
 
+    /// What is under way comes to its end, and nothing bypasses the stack any more.
+    fn quiesce(&mut self) {
+        // What conntrack does not know yet is handed over while the programs still carry it.
+        self.own = None;
+        // Nothing bypasses the stack any more while the programs go one by one.
+        self.generation.allow(false, false);
+        self.invalidation = None;
+    }
+
     /// Detaches every program and removes every pin: all packets take the kernel path.
     ///
     /// # Errors
     /// A pin could not be removed; the programs are detached all the same where
     /// that was possible.
-    pub fn close(self) -> Result<(), EbpfError> {
-        let Self {
-            programs,
-            tables,
-            attachments,
-            generation,
-            flows,
-            classes,
-            invalidation,
-            own,
-            tunnel: _,
-            is_emptied: _,
-            options: _,
-            pins,
-            _trace,
-        } = self;
-        // What conntrack does not know yet is handed over while the programs still carry it.
-        drop(own);
-        // Nothing bypasses the stack any more while the programs go one by one.
-        generation.allow(false, false);
-        drop(invalidation);
-        attachments.detach_all(&pins);
-        drop((programs, tables, flows, classes));
-        pins.remove_all()
+    pub fn close(mut self) -> Result<(), EbpfError> {
+        self.quiesce();
+        self.attachments.detach_all(&self.pins);
+        self.pins.remove_all()
     }
 
     /// Detaches and removes what an agent of this network left behind.

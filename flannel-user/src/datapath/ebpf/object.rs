@@ -3,20 +3,40 @@
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
     path::Path,
+    sync::OnceLock,
+    thread,
 };
 
 use aya::{
     Ebpf, EbpfLoader,
-    programs::{SchedClassifier, TestRun as _, TestRunOptions},
+    programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions},
 };
 use flannel_ebpf::layout::{
-    CLOCK, FLOWS_IN, FLOWS_OUT, FROM_POD, FROM_TUNNEL, FROM_UPLINK, TO_POD, TO_UPLINK,
+    CLOCK, FLOWS_IN, FLOWS_OUT, FROM_POD, FROM_TUNNEL, FROM_UPLINK, PARKED, TO_POD, TO_UPLINK,
 };
 
 use super::EbpfError;
 
 /// What `cargo xtask build-ebpf` made; the build script puts it there.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/flannel.o"));
+
+/// Every program, the one that takes the verifier longest first.
+const PROGRAMS: [&str; 7] = [
+    FROM_POD,
+    FROM_UPLINK,
+    TO_UPLINK,
+    FROM_TUNNEL,
+    TO_POD,
+    CLOCK,
+    PARKED,
+];
+
+fn missing_program(name: &str) -> EbpfError {
+    EbpfError::Missing {
+        kind: "program",
+        name: name.to_owned(),
+    }
+}
 
 /// All programs, loaded, with their maps.
 pub struct Programs {
@@ -36,6 +56,24 @@ pub(super) struct MapShape {
 
 /// Every map of the object, in order of its name; the flow tables with room for `flows`.
 pub(super) fn map_shapes(flows: u32) -> Result<Vec<MapShape>, EbpfError> {
+    static SHAPES: OnceLock<Vec<MapShape>> = OnceLock::new();
+    let mut shapes = match SHAPES.get() {
+        Some(shapes) => shapes.clone(),
+        None => {
+            let parsed = parse_shapes()?;
+            SHAPES.get_or_init(|| parsed).clone()
+        }
+    };
+    for shape in &mut shapes {
+        if [FLOWS_OUT, FLOWS_IN].contains(&shape.name.as_str()) {
+            shape.max_entries = flows;
+        }
+    }
+    Ok(shapes)
+}
+
+/// The same as the object has them.
+fn parse_shapes() -> Result<Vec<MapShape>, EbpfError> {
     let object = aya_obj::Object::parse(OBJECT).map_err(aya::EbpfError::from)?;
     let mut shapes: Vec<MapShape> = object
         .maps
@@ -45,11 +83,7 @@ pub(super) fn map_shapes(flows: u32) -> Result<Vec<MapShape>, EbpfError> {
             map_type: map.map_type(),
             key_size: map.key_size(),
             value_size: map.value_size(),
-            max_entries: if [FLOWS_OUT, FLOWS_IN].contains(&name.as_str()) {
-                flows
-            } else {
-                map.max_entries()
-            },
+            max_entries: map.max_entries(),
             flags: map.map_flags(),
         })
         .collect();
@@ -88,16 +122,41 @@ impl Programs {
         let mut programs = Self {
             ebpf: loader.load(OBJECT)?,
         };
-        for name in [FROM_POD, FROM_UPLINK, TO_UPLINK, FROM_TUNNEL, TO_POD, CLOCK] {
-            programs
-                .classifier(name)?
-                .load()
-                .map_err(|source| EbpfError::Program {
-                    program: name,
-                    source,
-                })?;
-        }
+        programs.load_all()?;
         Ok(programs)
+    }
+
+    /// Loads each program in a thread of its own: the verifier takes up to a tenth of a second
+    /// for one, and looks at several at once.
+    fn load_all(&mut self) -> Result<(), EbpfError> {
+        let mut wanted = PROGRAMS.to_vec();
+        thread::scope(|scope| {
+            let mut loads = Vec::new();
+            for (name, program) in self.ebpf.programs_mut() {
+                let Some(place) = wanted.iter().position(|one| *one == name) else {
+                    continue;
+                };
+                let name = wanted.swap_remove(place);
+                let program: &mut SchedClassifier =
+                    program.try_into().map_err(|source| EbpfError::Program {
+                        program: name,
+                        source,
+                    })?;
+                loads.push((name, scope.spawn(|| program.load())));
+            }
+            for (name, load) in loads {
+                load.join()
+                    .unwrap_or_else(|_| Err(ProgramError::NotLoaded))
+                    .map_err(|source| EbpfError::Program {
+                        program: name,
+                        source,
+                    })?;
+            }
+            match wanted.first() {
+                Some(name) => Err(missing_program(name)),
+                None => Ok(()),
+            }
+        })
     }
 
     /// One program by its name.
@@ -108,10 +167,7 @@ impl Programs {
         self.ebpf
             .program_mut(name)
             .and_then(|program| program.try_into().ok())
-            .ok_or_else(|| EbpfError::Missing {
-                kind: "program",
-                name: name.to_owned(),
-            })
+            .ok_or_else(|| missing_program(name))
     }
 
     /// The low 32 bits of the kernel's jiffies, as the programs read them.
