@@ -15,8 +15,8 @@ use lab::{
 
 /// Switches in a normal and in a long run.
 const SWITCHES: (u32, u32) = (50, 500);
-/// Beside traffic that takes both CPUs loading the programs takes up to 200 ms on each node.
-const PERIOD: Duration = Duration::from_millis(500);
+/// Between two switches of both nodes.
+const PERIOD: Duration = Duration::from_millis(200);
 
 #[test]
 fn fifty_switches_under_load_lose_nothing() {

@@ -8,6 +8,7 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    sync::mpsc::{self, Sender},
     time::{Duration, Instant},
 };
 
@@ -19,7 +20,7 @@ use tracing::{debug, error, info, warn};
 use super::{
     conntrack::Conntrack,
     conntrack_restore::{Plan, Restorer},
-    ebpf::{EbpfDatapath, EbpfError, EbpfOptions, Parked, SyncReport, Wanted},
+    ebpf::{EbpfDatapath, EbpfError, EbpfOptions, Parked, Places, SyncReport, Wanted},
 };
 use crate::observe::status::{KeptSettings, Mode};
 
@@ -53,6 +54,13 @@ impl Preference {
     }
 }
 
+/// The programs on their way into the kernel.
+struct Loading {
+    task: JoinHandle<Result<EbpfDatapath, EbpfError>>,
+    /// Takes the places that they will sit at.
+    places: Sender<Places>,
+}
+
 /// The eBPF datapath, on or off, and why.
 pub struct Switch {
     options: EbpfOptions,
@@ -61,7 +69,7 @@ pub struct Switch {
     memory: PathBuf,
     ebpf: Option<EbpfDatapath>,
     /// Being loaded ahead, not in use yet.
-    loading: Option<JoinHandle<Result<EbpfDatapath, EbpfError>>>,
+    loading: Option<Loading>,
     /// Switched off not long ago.
     parked: Option<Parked>,
     reason: String,
@@ -149,25 +157,32 @@ impl Switch {
     pub fn prepare(&mut self) {
         if self.wants_ebpf() && self.ebpf.is_none() {
             let options = self.options.clone();
-            self.loading = Some(task::spawn_blocking(move || EbpfDatapath::open(&options)));
+            let (places, told) = mpsc::channel();
+            let task = task::spawn_blocking(move || EbpfDatapath::open_beside(&options, &told));
+            self.loading = Some(Loading { task, places });
         }
     }
 
-    /// What was loaded ahead, if anything was.
-    async fn loaded(&mut self) -> Option<Result<EbpfDatapath, EbpfError>> {
-        let loading = self.loading.take()?;
-        loading
-            .await
+    /// What was loaded ahead, if anything was; what it will be `wanted` for is done as far as
+    /// possible meanwhile.
+    async fn loaded(&mut self, wanted: Option<&Wanted>) -> Option<Result<EbpfDatapath, EbpfError>> {
+        let Loading { task, places } = self.loading.take()?;
+        if let Some(wanted) = wanted {
+            // Nobody listens any more: loaded already.
+            let _ = places.send(Places::of(wanted));
+        }
+        drop(places);
+        task.await
             .inspect_err(|error| warn!(%error, "loading the programs ended early"))
             .ok()
     }
 
     /// The programs, from wherever they are to be had soonest.
-    async fn open(&mut self) -> Result<EbpfDatapath, EbpfError> {
+    async fn open(&mut self, wanted: &Wanted) -> Result<EbpfDatapath, EbpfError> {
         if let Some(ebpf) = self.ebpf.take() {
             return Ok(ebpf);
         }
-        if let Some(loaded) = self.loaded().await {
+        if let Some(loaded) = self.loaded(Some(wanted)).await {
             return loaded;
         }
         if let Some(parked) = self.parked.take() {
@@ -192,7 +207,7 @@ impl Switch {
 
     async fn turn_on(&mut self, wanted: &Wanted, thorough: bool) -> bool {
         let fresh = self.ebpf.is_none();
-        let outcome = self.open().await;
+        let outcome = self.open(wanted).await;
         let restorer = &mut self.restorer;
         let outcome = outcome.and_then(|mut ebpf| {
             if wanted.node.flags & FAST_PATH_LEARNED != 0 {
@@ -260,7 +275,7 @@ impl Switch {
         let closed = if let Some(ebpf) = self.ebpf.take() {
             Some(ebpf.park().map(|parked| self.parked = Some(parked)))
         } else {
-            let loaded = self.loaded().await.and_then(Result::ok);
+            let loaded = self.loaded(None).await.and_then(Result::ok);
             loaded.map(EbpfDatapath::close)
         };
         match closed {

@@ -10,6 +10,8 @@ use std::{
     collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
+    sync::mpsc::{Receiver, RecvTimeoutError},
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -252,6 +254,47 @@ impl Attachments {
         }
     }
 
+    /// Takes free places as soon as they are told, with the program that does nothing: each new
+    /// link takes the kernel some time. Ends when the others are loaded.
+    pub(super) fn take_places(
+        &mut self,
+        parked: &mut SchedClassifier,
+        pins: &PinDir,
+        told: &Receiver<Places>,
+        is_loading: &dyn Fn() -> bool,
+    ) {
+        let Places(places) = loop {
+            match told.recv_timeout(TELLING) {
+                Ok(places) => break places,
+                Err(RecvTimeoutError::Timeout) if is_loading() => {}
+                Err(_) => return,
+            }
+        };
+        if !self.tcx {
+            return;
+        }
+        let taken = pins.all_links();
+        let is_taken = |place: Place| {
+            let name = place.pin_name();
+            taken.iter().any(|links| links.join(&name).exists())
+        };
+        for (place, interface) in places {
+            if !is_loading() {
+                return;
+            }
+            if is_taken(place) {
+                continue;
+            }
+            match tcx::fresh(parked, place.hook, &interface) {
+                Ok(link) => {
+                    self.parked.insert(place, link);
+                }
+                // It is said when the program itself is attached.
+                Err(error) => debug!(interface, %error, "place not taken"),
+            }
+        }
+    }
+
     /// Are there links that only keep places?
     pub(super) fn keeps_places(&self) -> bool {
         !self.parked.is_empty()
@@ -390,6 +433,20 @@ impl Attachments {
                 self.detach_clsact(attach_type, &interface);
             }
         }
+    }
+}
+
+/// Between two looks whether everything is loaded.
+const TELLING: Duration = Duration::from_millis(2);
+
+/// Places that want a program, with the names of their interfaces.
+pub struct Places(BTreeMap<Place, String>);
+
+impl Places {
+    /// All that `wanted` has.
+    #[must_use]
+    pub fn of(wanted: &Wanted) -> Self {
+        Self(places(wanted))
     }
 }
 

@@ -34,6 +34,7 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
+        mpsc::{self, Receiver},
     },
     time::Duration,
 };
@@ -55,7 +56,7 @@ use self::{
     tables::MapTables,
 };
 pub use self::{
-    attach::{CLSACT_PRIORITY, TcAttach},
+    attach::{CLSACT_PRIORITY, Places, TcAttach},
     object::Programs,
     own::OwnState,
     parked::Parked,
@@ -210,15 +211,27 @@ impl EbpfDatapath {
     /// # Errors
     /// The kernel cannot run the programs, or the BPF file system is not usable.
     pub fn open(options: &EbpfOptions) -> Result<Self, EbpfError> {
+        Self::open_beside(options, &mpsc::channel().1)
+    }
+
+    /// The same; places that are told while it loads are taken already, by a program that does
+    /// nothing.
+    ///
+    /// # Errors
+    /// As [`EbpfDatapath::open`].
+    pub fn open_beside(options: &EbpfOptions, told: &Receiver<Places>) -> Result<Self, EbpfError> {
         let pins = PinDir::prepare(options)?;
-        let mut programs = Programs::load(Some(&pins.maps()), options.flows)?;
+        let mut attachments = Attachments::new(options.attach, options.vni);
+        let mut programs =
+            Programs::load_beside(Some(&pins.maps()), options.flows, |parked, is_loading| {
+                attachments.take_places(parked, &pins, told, is_loading);
+            })?;
         let trace = trace::follow(&mut programs);
         let tables = MapTables::open(&mut programs)?;
         let jiffies = programs.jiffies()?;
         let generation = Generation::open(&pins.maps(), jiffies, options.validity)?;
         let flows = FlowTables::open(&pins.maps(), options.flows)?;
         let classes = ClassTable::open(&pins.maps())?;
-        let attachments = Attachments::new(options.attach, options.vni);
         Ok(Self {
             programs,
             tables,

@@ -1,6 +1,7 @@
 //! The embedded kernel object and its programs.
 
 use std::{
+    collections::BTreeMap,
     hash::{DefaultHasher, Hash, Hasher},
     path::Path,
     sync::OnceLock,
@@ -20,16 +21,8 @@ use super::EbpfError;
 /// What `cargo xtask build-ebpf` made; the build script puts it there.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/flannel.o"));
 
-/// Every program, the one that takes the verifier longest first.
-const PROGRAMS: [&str; 7] = [
-    FROM_POD,
-    FROM_UPLINK,
-    TO_UPLINK,
-    FROM_TUNNEL,
-    TO_POD,
-    CLOCK,
-    PARKED,
-];
+/// Every program but [`PARKED`], the one that takes the verifier longest first.
+const PROGRAMS: [&str; 6] = [FROM_POD, FROM_UPLINK, TO_UPLINK, FROM_TUNNEL, TO_POD, CLOCK];
 
 fn missing_program(name: &str) -> EbpfError {
     EbpfError::Missing {
@@ -106,6 +99,16 @@ impl Programs {
     /// # Errors
     /// The kernel refused a map or a program.
     pub fn load(maps: Option<&Path>, flows: u32) -> Result<Self, EbpfError> {
+        Self::load_beside(maps, flows, |_, _| {})
+    }
+
+    /// The same; `meanwhile` gets [`PARKED`], which is loaded already, and may work as long as the
+    /// question that it gets too says that others are being loaded.
+    pub(super) fn load_beside(
+        maps: Option<&Path>,
+        flows: u32,
+        meanwhile: impl FnOnce(&mut SchedClassifier, &dyn Fn() -> bool),
+    ) -> Result<Self, EbpfError> {
         let mut loader = EbpfLoader::new();
         for name in [FLOWS_OUT, FLOWS_IN] {
             loader.map_max_entries(name, flows);
@@ -122,40 +125,42 @@ impl Programs {
         let mut programs = Self {
             ebpf: loader.load(OBJECT)?,
         };
-        programs.load_all()?;
+        programs.load_all(meanwhile)?;
         Ok(programs)
     }
 
     /// Loads each program in a thread of its own: the verifier takes up to a tenth of a second
     /// for one, and looks at several at once.
-    fn load_all(&mut self) -> Result<(), EbpfError> {
-        let mut wanted = PROGRAMS.to_vec();
-        thread::scope(|scope| {
-            let mut loads = Vec::new();
-            for (name, program) in self.ebpf.programs_mut() {
-                let Some(place) = wanted.iter().position(|one| *one == name) else {
-                    continue;
-                };
-                let name = wanted.swap_remove(place);
-                let program: &mut SchedClassifier =
-                    program.try_into().map_err(|source| EbpfError::Program {
-                        program: name,
-                        source,
-                    })?;
-                loads.push((name, scope.spawn(|| program.load())));
+    fn load_all(
+        &mut self,
+        meanwhile: impl FnOnce(&mut SchedClassifier, &dyn Fn() -> bool),
+    ) -> Result<(), EbpfError> {
+        let mut programs = BTreeMap::new();
+        for (name, program) in self.ebpf.programs_mut() {
+            if let Ok(program) = <&mut SchedClassifier>::try_from(program) {
+                programs.insert(name, program);
             }
+        }
+        let mut take = |name| programs.remove(name).ok_or_else(|| missing_program(name));
+        let refused = |program| move |source| EbpfError::Program { program, source };
+        let parked = take(PARKED)?;
+        parked.load().map_err(refused(PARKED))?;
+        let wanted = PROGRAMS.map(|name| Ok((name, take(name)?)));
+        let wanted = wanted.into_iter().collect::<Result<Vec<_>, EbpfError>>()?;
+        thread::scope(|scope| {
+            let loads: Vec<_> = wanted
+                .into_iter()
+                .map(|(name, program)| (name, scope.spawn(|| program.load())))
+                .collect();
+            meanwhile(parked, &|| {
+                loads.iter().any(|(_, load)| !load.is_finished())
+            });
             for (name, load) in loads {
                 load.join()
-                    .unwrap_or_else(|_| Err(ProgramError::NotLoaded))
-                    .map_err(|source| EbpfError::Program {
-                        program: name,
-                        source,
-                    })?;
+                    .unwrap_or(Err(ProgramError::NotLoaded))
+                    .map_err(refused(name))?;
             }
-            match wanted.first() {
-                Some(name) => Err(missing_program(name)),
-                None => Ok(()),
-            }
+            Ok(())
         })
     }
 
