@@ -194,7 +194,9 @@ impl Switch {
                 ),
             }
         }
-        EbpfDatapath::open(&self.options)
+        self.prepare();
+        let loaded = self.loaded(Some(wanted)).await;
+        loaded.unwrap_or_else(|| EbpfDatapath::open(&self.options))
     }
 
     /// Brings the programs in line: on, filled and attached. False if they are off instead,
