@@ -1,4 +1,4 @@
-//! Kernel link, address, route, neighbour and FDB changes as wake-ups.
+//! Kernel link, address, route, next hop object, neighbour and FDB changes as wake-ups.
 //!
 //! The listener hears its own network namespace and every namespace that has an id in it, which
 //! the other end of each pod's veth has: a pod that gets its address late wakes us too.
@@ -10,7 +10,7 @@ use std::{io, mem, os::fd::AsRawFd, time::Duration};
 use netlink_packet_core::NlasIterator;
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use tokio::{io::unix::AsyncFd, sync::mpsc, time::Instant};
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::netlink::rtnl::NetlinkFd;
 
@@ -30,10 +30,16 @@ const GROUPS: [u32; 5] = [
     5, // RTNLGRP_IPV4_IFADDR
     7, // RTNLGRP_IPV4_ROUTE
 ];
+/// RTNLGRP_NEXTHOP, which kernels before Linux 5.3 do not have.
+const GROUP_NEXT_HOPS: u32 = 32;
 const NETLINK_LISTEN_ALL_NSID: libc::c_int = 8;
 const NLMSG_HEADER: usize = 16;
+const RTM_NEWNEXTHOP: u16 = 104;
+const RTM_DELNEXTHOP: u16 = 105;
 const RTA_OIF: u16 = 4;
+const NHA_OIF: u16 = 5;
 const ROUTE_HEADER: usize = 12;
+const NEXT_HOP_HEADER: usize = 8;
 
 /// Where an event comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,6 +84,13 @@ pub enum KernelEvent {
         /// It went.
         removed: bool,
     },
+    /// A next hop object appeared, changed or went; routes through it go with it and are not told.
+    NextHops {
+        /// Where.
+        origin: Origin,
+        /// Interface index of the next hop, if it has one.
+        index: Option<u32>,
+    },
     /// A neighbour or FDB entry appeared, changed or went.
     Neighbours {
         /// Where.
@@ -108,6 +121,7 @@ impl KernelEvent {
             Self::Links { origin, .. }
             | Self::Addresses { origin, .. }
             | Self::Routes { origin, .. }
+            | Self::NextHops { origin, .. }
             | Self::Neighbours { origin, .. }
             | Self::Queueing { origin, .. } => Some(*origin),
             Self::Overrun => None,
@@ -135,6 +149,9 @@ pub fn listen(
     socket.receive_buffer(RECEIVE_BUFFER)?;
     for group in GROUPS {
         socket.0.add_membership(group)?;
+    }
+    if let Err(error) = socket.0.add_membership(GROUP_NEXT_HOPS) {
+        debug!(%error, "the kernel has no next hop objects");
     }
     let socket = socket.register()?;
     let (sender, receiver) = mpsc::channel(QUEUE);
@@ -279,9 +296,13 @@ fn event(message: &[u8], namespace: Option<i32>) -> Option<KernelEvent> {
         },
         libc::RTM_NEWROUTE | libc::RTM_DELROUTE => KernelEvent::Routes {
             origin,
-            index: out_interface(body.get(ROUTE_HEADER..)?),
+            index: out_interface(body.get(ROUTE_HEADER..)?, RTA_OIF),
             table: *body.get(4)?,
             removed: kind == libc::RTM_DELROUTE,
+        },
+        RTM_NEWNEXTHOP | RTM_DELNEXTHOP => KernelEvent::NextHops {
+            origin,
+            index: out_interface(body.get(NEXT_HOP_HEADER..)?, NHA_OIF),
         },
         libc::RTM_NEWQDISC | libc::RTM_DELQDISC | libc::RTM_NEWTFILTER | libc::RTM_DELTFILTER => {
             KernelEvent::Queueing {
@@ -304,10 +325,10 @@ fn number(bytes: &[u8], offset: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes))
 }
 
-fn out_interface(attributes: &[u8]) -> Option<u32> {
+fn out_interface(attributes: &[u8], kind: u16) -> Option<u32> {
     NlasIterator::new(attributes)
         .flatten()
-        .find(|attribute| attribute.kind() == RTA_OIF)
+        .find(|attribute| attribute.kind() == kind)
         .and_then(|attribute| number(attribute.value(), 0))
 }
 
@@ -332,11 +353,15 @@ mod tests {
         let route = [
             2, 24, 0, 0, 254, 3, 0, 1, 4, 0, 0, 0, 8, 0, 4, 0, 6, 0, 0, 0,
         ];
+        let next_hop = [
+            2, 0, 241, 0, 4, 0, 0, 0, 8, 0, 1, 0, 1, 2, 3, 4, 8, 0, 5, 0, 6, 0, 0, 0,
+        ];
         let datagram = [
             message(libc::RTM_DELLINK, &link),
             message(libc::RTM_NEWRULE, &[2; 12]),
             message(libc::RTM_NEWNEIGH, &fdb),
             message(libc::RTM_DELROUTE, &route),
+            message(RTM_DELNEXTHOP, &next_hop),
         ]
         .concat();
         let origin = Origin {
@@ -364,10 +389,14 @@ mod tests {
                     table: 254,
                     removed: true
                 },
+                KernelEvent::NextHops {
+                    origin,
+                    index: Some(6)
+                },
             ]
         );
         for cut in 0..datagram.len() {
-            assert!(events(&datagram[..cut], None).count() <= 3);
+            assert!(events(&datagram[..cut], None).count() <= 4);
         }
     }
 

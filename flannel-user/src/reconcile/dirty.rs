@@ -54,6 +54,11 @@ pub(super) fn concerns(event: &KernelEvent, device: u32, own: u32) -> Dirty {
             ..Dirty::ALL
         },
         KernelEvent::Routes { .. } if here => Dirty::ALL,
+        KernelEvent::NextHops { index, .. } if here => Dirty {
+            kernel: index == Some(device),
+            next_hops: index != Some(device),
+            ..Dirty::default()
+        },
         // Our own filters come with their interface; others must not be passed by.
         KernelEvent::Queueing { .. } if here => Dirty {
             pods: true,
@@ -75,6 +80,7 @@ pub fn is_relevant(event: &KernelEvent, own: u32) -> bool {
         _ if event.origin().is_some_and(|origin| origin.port == own) => false,
         KernelEvent::Neighbours { origin, .. }
         | KernelEvent::Routes { origin, .. }
+        | KernelEvent::NextHops { origin, .. }
         | KernelEvent::Queueing { origin, .. } => origin.namespace.is_none(),
         _ => true,
     }
@@ -152,6 +158,23 @@ mod tests {
                     removed: true,
                 },
                 Dirty::default(),
+            ),
+            (
+                KernelEvent::NextHops {
+                    origin: HERE,
+                    index: Some(DEVICE),
+                },
+                kernel,
+            ),
+            (
+                KernelEvent::NextHops {
+                    origin: HERE,
+                    index: None,
+                },
+                Dirty {
+                    next_hops: true,
+                    ..Dirty::default()
+                },
             ),
             (
                 KernelEvent::Neighbours {

@@ -47,7 +47,10 @@ use super::{
     epoch::{Generation, pinned},
     own::Command,
 };
-use crate::datapath::conntrack::{Conntrack, Standing};
+use crate::datapath::{
+    conntrack::{Conntrack, Standing},
+    netlink::is_through_object,
+};
 
 const GROUP_NFTABLES: u32 = 7;
 const GROUP_XFRM_SA: u32 = 3;
@@ -483,7 +486,8 @@ fn is_way(
         let length = (message.header.length as usize + 3) & !3;
         concerns |= match message.payload {
             NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelRoute(route))
-                if route.attributes.contains(&RouteAttribute::Oif(tunnel)) =>
+                if route.attributes.contains(&RouteAttribute::Oif(tunnel))
+                    || is_through_object(&route) =>
             {
                 false
             }
