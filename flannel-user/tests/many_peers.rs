@@ -4,10 +4,7 @@
 mod namespace;
 mod tunnel;
 
-use std::{
-    net::Ipv4Addr,
-    time::{Duration, Instant},
-};
+use std::{net::Ipv4Addr, time::Duration};
 
 use flannel_user::{
     datapath::netlink::DeviceSpec,
@@ -16,6 +13,7 @@ use flannel_user::{
 };
 use ipnet::Ipv4Net;
 use namespace::{batch, in_new_namespace, lines, run};
+use nix::time::{ClockId, clock_gettime};
 use tunnel::{settle, start, uplink};
 
 /// More than enough for objects, and quick to set.
@@ -297,57 +295,64 @@ fn routes_are_recognised_when_the_kernel_tells_only_the_id() {
     });
 }
 
-/// Programming time per table size. The bound is wide: a shared machine and a debug build.
+/// Each peer costs the same, however many there are. Times are of this thread's processor, in
+/// which the kernel's part is counted, since other tests run meanwhile.
 #[test]
-fn ten_thousand_peers_take_about_a_second() {
+fn ten_thousand_peers_cost_no_more_each_than_two_thousand() {
     in_new_namespace(|| async {
         let (mut datapath, _) = start(&wide_uplink()).await;
-        for peers in [1_000_u32, 10_000] {
+        let mut one_of_few = None;
+        for peers in [2_000_u32, 10_000] {
             let table = many(peers);
+            let entries = 4 * peers as usize;
             settle(&mut datapath, &ForwardingTable::default()).await;
-            let begin = Instant::now();
+            let begin = spent();
             let pass = datapath.reconcile(&table).await;
-            let install = begin.elapsed();
+            let install = spent() - begin;
             assert!(pass.errors.is_empty(), "{:?}", pass.errors.first());
-            let entries = if peers > 1024 { 4 } else { 3 } * peers as usize;
             assert_eq!(pass.installed, entries);
-            let begin = Instant::now();
+            let begin = spent();
             let quiet = datapath.reconcile(&table).await;
-            let check = begin.elapsed();
+            let check = spent() - begin;
             assert!(quiet.is_quiet());
-            let mut one_more = table.clone();
-            let via = Via::Vxlan {
-                node: Ipv4Addr::new(172, 31, 0, 1),
-                vtep_mac: MacAddr([2, 9, 9, 9, 9, 9]),
-            };
-            one_more
-                .0
-                .insert("11.0.0.0/24".parse().expect("a subnet"), via);
+
+            let one_more = many(peers + 1);
             let there = Changes::between(&table, &one_more);
             let back = Changes::between(&one_more, &table);
-            // The quickest of some, as other tests run at the same time.
             let mut follow = Duration::MAX;
             for _ in 0..10 {
-                let begin = Instant::now();
+                let begin = spent();
                 let pass = datapath.follow(&there).await.expect("followed");
-                follow = follow.min(begin.elapsed());
-                assert_eq!(pass.installed, entries / peers as usize);
+                follow = follow.min(spent() - begin);
+                assert_eq!(pass.installed, 4);
                 assert!(datapath.follow(&back).await.is_some());
             }
             assert!(follow < check / 3, "{follow:?} against a look of {check:?}");
+            let of_few = *one_of_few.get_or_insert(follow);
+            assert!(
+                follow < 3 * of_few,
+                "one more: {follow:?} with {peers}, {of_few:?} with few"
+            );
+
             run("ip link delete flannel.1");
-            let begin = Instant::now();
+            let begin = spent();
             let pass = datapath.reconcile(&table).await;
-            let reprogram = begin.elapsed();
+            let reprogram = spent() - begin;
             assert_eq!(pass.repaired, entries + 1);
-            let begin = Instant::now();
+            let begin = spent();
             let pass = datapath.reconcile(&ForwardingTable::default()).await;
-            let remove = begin.elapsed();
+            let remove = spent() - begin;
             assert_eq!(pass.removed, entries);
             eprintln!(
                 "{peers} peers: install {install:?}, quiet pass {check:?}, one more {follow:?}, device deleted and all put back {reprogram:?}, remove {remove:?}"
             );
-            assert!(install.as_secs() < 5, "{peers} peers took {install:?}");
+            assert!(install.as_secs() < 2, "{peers} peers took {install:?}");
         }
     });
+}
+
+/// What this thread has had of a processor.
+fn spent() -> Duration {
+    let now = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("a clock");
+    now.into()
 }

@@ -13,6 +13,7 @@ use flannel_user::{
     mac::MacAddr,
 };
 use namespace::{in_new_namespace, lines, run};
+use tokio::sync::mpsc::Receiver;
 use tunnel::{PEERS, assert_peers_are_programmed, index_of, news, settle, start, table, uplink};
 
 #[test]
@@ -485,21 +486,11 @@ fn the_events_of_a_pass_are_told_apart_from_others() {
             KernelEvent::Neighbours { index, .. } => *index == device.index,
             _ => false,
         };
-        let mut events = listen(on_device).expect("a listener");
-        let mut collect = async || {
-            let mut found = Vec::new();
-            while let Ok(Some(event)) =
-                tokio::time::timeout(Duration::from_millis(300), events.recv()).await
-            {
-                let fdb = matches!(event, KernelEvent::Neighbours { fdb: true, .. });
-                found.push((fdb, event.origin().expect("an origin").port));
-            }
-            found.sort_unstable();
-            found
-        };
+        let mut heard = listen(None, on_device).expect("a listener");
+        let own = datapath.port();
+        let mut deaf = listen(Some(own), on_device).expect("a listener");
 
         settle(&mut datapath, &table(PEERS)).await;
-        let own = datapath.port();
         let expected = [
             (false, own),
             (false, own),
@@ -508,15 +499,29 @@ fn the_events_of_a_pass_are_told_apart_from_others() {
             (true, 0),
             (true, 0),
         ];
-        assert_eq!(collect().await, expected);
+        assert_eq!(collect(&mut heard).await, expected);
+        assert_eq!(collect(&mut deaf).await, [(true, 0), (true, 0)]);
 
         run("ip route del 10.244.1.0/24");
         run("ip neigh del 10.244.1.0 dev flannel.1");
-        let strangers = collect().await;
+        let strangers = collect(&mut heard).await;
+        assert_eq!(collect(&mut deaf).await, strangers);
         assert!(!strangers.is_empty());
         assert!(
             strangers.iter().all(|(_, port)| *port != own),
             "{strangers:?}"
         );
     });
+}
+
+async fn collect(events: &mut Receiver<KernelEvent>) -> Vec<(bool, u32)> {
+    let mut found = Vec::new();
+    while let Ok(Some(event)) =
+        tokio::time::timeout(Duration::from_millis(300), events.recv()).await
+    {
+        let fdb = matches!(event, KernelEvent::Neighbours { fdb: true, .. });
+        found.push((fdb, event.origin().expect("an origin").port));
+    }
+    found.sort_unstable();
+    found
 }

@@ -72,12 +72,10 @@ pub(super) fn concerns(event: &KernelEvent, device: u32, own: u32) -> Dirty {
     }
 }
 
-/// Is this event worth waking the loop at all? Neighbours elsewhere come and go all the time,
-/// and ten thousand peers are thirty thousand events of our own, by the socket of port `own`.
+/// Is this event worth waking the loop at all? Neighbours elsewhere come and go all the time.
 #[must_use]
-pub fn is_relevant(event: &KernelEvent, own: u32) -> bool {
+pub fn is_relevant(event: &KernelEvent) -> bool {
     match event {
-        _ if event.origin().is_some_and(|origin| origin.port == own) => false,
         KernelEvent::Neighbours { origin, .. }
         | KernelEvent::Routes { origin, .. }
         | KernelEvent::NextHops { origin, .. }
@@ -213,6 +211,5 @@ mod tests {
             removed: false,
         };
         assert_eq!(concerns(&event, DEVICE, OWN), Dirty::default());
-        assert!(!is_relevant(&event, OWN) && is_relevant(&event, OWN + 1));
     }
 }

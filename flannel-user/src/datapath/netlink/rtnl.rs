@@ -37,6 +37,9 @@ const DATAGRAM: usize = 64 << 10;
 /// How often a dump is repeated that the kernel marked as torn by a concurrent change.
 const TORN_DUMP_RETRIES: usize = 3;
 
+/// Ports tried before the kernel may choose one.
+const PORTS_TRIED: usize = 8;
+
 const NLM_F_DUMP_INTR: u16 = 0x10;
 const NLMSGERR_ATTR_MSG: u16 = 1;
 const NLMSG_HEADER: usize = 16;
@@ -115,7 +118,7 @@ impl Rtnl {
     pub fn open() -> Result<Self, RtnlError> {
         let open = || -> io::Result<(AsyncFd<NetlinkFd>, u32)> {
             let mut socket = Socket::new(NETLINK_ROUTE)?;
-            let port = socket.bind_auto()?.port_number();
+            let port = bind(&mut socket)?;
             socket.connect(&SocketAddr::new(0, 0))?;
             socket.set_non_blocking(true)?;
             socket.set_netlink_get_strict_chk(true)?;
@@ -384,6 +387,21 @@ struct Answer<M> {
     objects: Vec<M>,
     /// The kernel saw a change while it dumped.
     torn: bool,
+}
+
+/// Binds to a port that no process in any namespace is likely to have. The kernel would choose the
+/// process's id, which is 1 in many containers: events from pods are told from our own by the port.
+fn bind(socket: &mut Socket) -> io::Result<u32> {
+    for _ in 0..PORTS_TRIED {
+        // Process ids are below, and so are the ports that follow from them.
+        let port = rand::random::<u32>() | 1 << 31;
+        match socket.bind(&SocketAddr::new(port, 0)) {
+            Ok(()) => return Ok(port),
+            Err(error) if error.raw_os_error() == Some(libc::EADDRINUSE) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(socket.bind_auto()?.port_number())
 }
 
 /// A netlink socket that lends its descriptor safely; `netlink_sys` gives out the raw one only.
