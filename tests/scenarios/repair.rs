@@ -185,11 +185,14 @@ fn every_damage_of_many_peers_is_repaired(mode: Mode) {
             !namespace.ip(&route)?.contains("nhid"),
             "it was there before"
         );
-        namespace.ip(&format!("route del {subnet}"))?;
-        let through = format!("nhid {}", u32::from(subnet.network()));
-        wait::until_true("the route has an object", Duration::from_secs(5), || {
-            Ok(namespace.ip(&route)?.contains(&through))
+        namespace.ip(&format!("link del {TUNNEL}"))?;
+        wait::until_true("every route has an object", Duration::from_secs(5), || {
+            // The device may not be there yet.
+            let routes = namespace.ip("route show").unwrap_or_default();
+            Ok(routes.matches(" nhid ").count() == MANY as usize + 1)
         })?;
+        let through = format!("nhid {} ", u32::from(subnet.network()));
+        ensure!(namespace.ip(&route)?.contains(&through));
         for damage in DAMAGES_OF_MANY {
             repaired(&cluster, mode, damage).with_context(|| damage.what)?;
         }
