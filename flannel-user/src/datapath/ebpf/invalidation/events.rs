@@ -17,7 +17,7 @@ use std::{
     time::Duration,
 };
 
-use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
+use netlink_packet_core::{NetlinkBuffer, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage},
@@ -27,7 +27,10 @@ use netlink_sys::{
     Socket, SocketAddr,
     protocols::{NETLINK_NETFILTER, NETLINK_ROUTE, NETLINK_XFRM},
 };
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{setsockopt, sockopt::RcvBufForce},
+};
 use tracing::warn;
 
 use crate::datapath::netlink::is_through_object;
@@ -40,6 +43,9 @@ const GROUP_IPV4_ROUTES: u32 = 7;
 const GROUP_IPV4_RULES: u32 = 8;
 /// Table `local`: addresses, not ways.
 const TABLE_LOCAL: u8 = 255;
+/// Bytes that events may take while they wait: thousands of peers' entries go and come back within
+/// milliseconds. A socket that overflows has lost what happened, so everything would count as changed.
+const QUEUE: usize = 16 << 20;
 /// A bound for hosts on networks with very many neighbours.
 const MOST_NEIGHBOURS: usize = 65_536;
 /// The pause after a wait that failed.
@@ -161,6 +167,8 @@ impl Events {
 fn listen(protocol: isize, groups: &[u32]) -> io::Result<Socket> {
     let mut socket = Socket::new(protocol)?;
     socket.set_non_blocking(true)?;
+    // Less room without CAP_NET_ADMIN, which the agent has.
+    let _ = setsockopt(&descriptor(&socket), RcvBufForce, &QUEUE);
     socket.bind(&SocketAddr::new(0, 0))?;
     for group in groups {
         socket.add_membership(*group)?;
@@ -176,21 +184,34 @@ fn descriptor(socket: &Socket) -> BorrowedFd<'_> {
 /// Can one of these messages change a packet's way?
 ///
 /// A route to `tunnel` that goes is none: either its peer went, which ends that peer's verdicts, or
-/// the agent puts it back, and whoever asked the stack meanwhile would be lost.
+/// the agent puts it back, and whoever asked the stack meanwhile would be lost. One that comes through
+/// our own next hop object is put back by the agent: with thousands of them, those that asked because
+/// of the first would be lost until the last is there.
 fn is_way(neighbours: &mut BTreeMap<Neighbour, Vec<u8>>, tunnel: u32, mut datagram: &[u8]) -> bool {
     let mut concerns = false;
     while !datagram.is_empty() {
+        let Ok(header) = NetlinkBuffer::new_checked(datagram) else {
+            return true;
+        };
+        let (kind, length) = (header.message_type(), header.length() as usize);
+        let rest = datagram.get((length.max(16) + 3) & !3..);
+        // Thousands at once when the tunnel goes down: not worth reading.
+        if kind == libc::RTM_DELNEIGH {
+            datagram = rest.unwrap_or_default();
+            continue;
+        }
         let Ok(message) = NetlinkMessage::<RouteNetlinkMessage>::deserialize(datagram) else {
             return true;
         };
-        let length = (message.header.length as usize + 3) & !3;
         concerns |= match message.payload {
             NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelRoute(route))
-                if route.attributes.contains(&RouteAttribute::Oif(tunnel))
-                    || is_through_object(&route) =>
+                if route.attributes.contains(&RouteAttribute::Oif(tunnel)) =>
             {
                 false
             }
+            NetlinkPayload::InnerMessage(
+                RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route),
+            ) if is_through_object(&route) => false,
             NetlinkPayload::InnerMessage(
                 RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route),
             ) => {
@@ -205,10 +226,7 @@ fn is_way(neighbours: &mut BTreeMap<Neighbour, Vec<u8>>, tunnel: u32, mut datagr
             }
             _ => false,
         };
-        let Some(rest) = datagram.get(length.max(16)..) else {
-            break;
-        };
-        datagram = rest;
+        datagram = rest.unwrap_or_default();
     }
     concerns
 }
