@@ -8,6 +8,8 @@
 mod bad_input;
 mod bench;
 mod classes;
+mod classes_counts;
+mod classes_rules;
 mod direct;
 mod etcd_faults;
 mod flows;
