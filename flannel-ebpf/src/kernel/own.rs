@@ -2,10 +2,10 @@
 
 use aya_ebpf::programs::TcContext;
 use flannel_ebpf::{
-    decap,
-    encap::{self, INNER_IP},
+    decap, encap,
     frame::Frame as _,
     layout::{Class, FlowKey, LocalPod, NodeConfig, OwnFlow, generation_slot},
+    outer::INNER_IP,
     own::{
         self, Meeting, Segment, Stage,
         class::{self, Now, Standing},
