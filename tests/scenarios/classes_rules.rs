@@ -87,7 +87,10 @@ const KINDS: [Kind; 10] = [
         name: "limit",
         reasons: ("limit", "limit"),
         nft: &["limit rate over 5/second burst 5 packets drop"],
-        iptables: &["-m limit --limit 5/sec --limit-burst 5 -j ACCEPT", "-j DROP"],
+        iptables: &[
+            "-m limit --limit 5/sec --limit-burst 5 -j ACCEPT",
+            "-j DROP",
+        ],
         acts: Acts::Limits,
     },
     Kind {
@@ -308,9 +311,8 @@ fn every_kind(tool: Tool) {
                 }
                 // On either node in turn.
                 let node = if index % 2 == 0 { a } else { b };
-                one(kube, node, tool, kind).with_context(|| {
-                    format!("{} by {tool:?} on {}", kind.name, node.name())
-                })?;
+                one(kube, node, tool, kind)
+                    .with_context(|| format!("{} by {tool:?} on {}", kind.name, node.name()))?;
             }
             drop(server);
             Ok(())

@@ -254,7 +254,10 @@ impl Agent {
             let Ok(text) = fs::read_to_string(task?.path().join("schedstat")) else {
                 continue;
             };
-            let ran = text.split_whitespace().next().context("an empty schedstat")?;
+            let ran = text
+                .split_whitespace()
+                .next()
+                .context("an empty schedstat")?;
             nanoseconds += ran.parse::<u64>()?;
         }
         Ok(Duration::from_nanos(nanoseconds))
