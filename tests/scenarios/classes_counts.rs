@@ -8,9 +8,8 @@ use flannel_user::observe::status::Status;
 use lab::{
     classes::own,
     cluster::introduce,
-    conntrack::{self, Census},
+    conntrack::{self, Census, alive},
     kube::{CONNECTIONS_PORT, Kube, Side, Via, on, pause},
-    node::Node,
     paths,
     pod::Pod,
     scenario::repetitions,
@@ -58,14 +57,6 @@ fn set_on_both(kube: &Kube, key: &str, value: &str) -> Result<()> {
 fn only(census: Census, matches: impl Fn(&str) -> bool) -> Census {
     let rows = census.into_iter();
     rows.filter(|(kind, _)| matches(kind)).collect()
-}
-
-fn alive(node: &Node) -> Result<Census> {
-    let over = ["tcp TIME_WAIT", "tcp CLOSE"];
-    let census = conntrack::census(node.namespace())?;
-    Ok(only(census, |kind| {
-        kind.starts_with("tcp") && !over.contains(&kind)
-    }))
 }
 
 /// Four clients: one asks the pod, one the Service, and one pod does both, of which the server ends
@@ -147,7 +138,7 @@ fn share(kube: &Kube, settings: Settings) -> Result<Left> {
     let sockets = conntrack::sockets(kube.server().namespace())?;
     let left = Left {
         troubles,
-        alive: [alive(a)?, alive(b)?],
+        alive: [alive(a.namespace())?, alive(b.namespace())?],
         sockets: only(sockets, |kind| kind != "TIME_WAIT" && kind != "LISTEN"),
     };
     println!("{:?} {settings:?}: {left:?}", kube.side());

@@ -29,6 +29,7 @@ mod learned_switching;
 mod learned_works;
 mod mixed_cluster;
 mod offload;
+mod own_handover;
 mod pairings;
 mod pods;
 mod repair;
