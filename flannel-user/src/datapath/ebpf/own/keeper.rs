@@ -122,6 +122,9 @@ impl Keeper {
         // What an agent before us left opens no more before we say so.
         self.generation.open_own(None);
         self.generation.set_class_validity(self.validity, PATIENCE);
+        // It may have been killed between telling conntrack of a connection and letting go of it:
+        // one that has ended meanwhile would be alive in conntrack for days.
+        self.look(Wanted::All);
         loop {
             // Rules that make no event are looked for as often.
             let is_urgent = self.held > FEW || self.opening == Opening::Classes;
