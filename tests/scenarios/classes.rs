@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use lab::{
-    classes::{established, opened, own, rush, serve, until_hot},
+    classes::{established, opened, own, poll_status, rush, serve, until_hot},
     conntrack,
     kube::{CONNECTIONS_PORT, Kube, Side, Via, learned, on, pause},
     paths,
@@ -22,6 +22,8 @@ const AT_ONCE: Duration = Duration::ZERO;
 const BY_ASKING: Duration = Duration::from_millis(1300);
 /// Fast again after a rule that allows.
 const AGAIN: Duration = Duration::from_secs(2);
+/// The longest that is waited for it.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A few connections, with little patience.
 fn try_connections(kube: &Kube, from: &Pod, count: u32) -> Result<ConnectionsReport> {
@@ -101,12 +103,22 @@ fn deny(kube: &Kube, by: By, within: Duration) -> Result<()> {
                 after - before,
                 paths::describe(node)
             );
+            let before = [opened(a)?, opened(b)?];
             policy.allow()?;
             let allowed = Instant::now();
-            until_hot(kube)?;
+            for (node, before) in [a, b].into_iter().zip(before) {
+                poll_status(node, PATIENCE, |status| {
+                    (status.packets("own_opened") > before + 3).then_some(())
+                })?;
+            }
             let back = allowed.elapsed();
             slowest = slowest.max(back);
-            ensure!(back < AGAIN, "fast again after {back:?}");
+            ensure!(
+                back < AGAIN,
+                "{by:?} on {}, round {round}: fast again after {back:?}\n{}",
+                node.name(),
+                paths::describe(node)
+            );
             drop((load, server));
         }
         if by == By::Nft {
