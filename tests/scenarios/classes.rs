@@ -177,7 +177,7 @@ fn a_denied_pod_never_gets_in() {
 }
 
 #[test]
-fn classes_stay_off_unless_told() {
+fn classes_can_be_switched_off() {
     learned(|kube| {
         let (client, server) = kube.connections(
             Via::Pod,

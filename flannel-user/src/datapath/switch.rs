@@ -20,7 +20,10 @@ use super::{
     conntrack_restore::{Plan, Restorer},
     ebpf::{EbpfDatapath, EbpfError, EbpfOptions, SyncReport, Wanted},
 };
-use crate::observe::status::{KeptSettings, Mode};
+use crate::{
+    error_chain::in_one_line,
+    observe::status::{KeptSettings, Mode},
+};
 
 /// Pause between attempts after eBPF failed.
 const RETRY: Duration = Duration::from_secs(60);
@@ -201,10 +204,7 @@ impl Switch {
 
     fn settle(&mut self, fresh: bool, report: &SyncReport) {
         self.failed = None;
-        let failures = report
-            .failures
-            .iter()
-            .map(|failure| format!("{:#}", chain(failure)));
+        let failures = report.failures.iter().map(|failure| in_one_line(failure));
         let failures: Vec<String> = failures.collect();
         for failure in failures
             .iter()
@@ -274,15 +274,6 @@ impl Switch {
             );
         }
     }
-}
-
-/// An error with its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes
-        .map(ToString::to_string)
-        .collect::<Vec<_>>()
-        .join(": ")
 }
 
 fn remembered(path: &Path, flag: Preference) -> Option<Preference> {

@@ -11,6 +11,8 @@ use std::{
 
 use aya::{Pod, maps::MapData};
 
+use super::syscall::bpf;
+
 /// `BPF_MAP_LOOKUP_BATCH`.
 const LOOKUP_BATCH: libc::c_long = 24;
 /// `BPF_MAP_UPDATE_BATCH`.
@@ -53,17 +55,7 @@ pub fn update<K: Pod, V: Pod>(map: &MapData, keys: &[K], values: &[V]) -> io::Re
         };
         // SAFETY: the kernel reads `count` keys and values of the sizes compared above out of the
         // slices, which live until it returns.
-        let answer = unsafe {
-            libc::syscall(
-                libc::SYS_bpf,
-                UPDATE_BATCH,
-                &raw mut attributes,
-                size_of::<Attributes>(),
-            )
-        };
-        if answer < 0 {
-            return Err(io::Error::last_os_error());
-        }
+        unsafe { bpf(UPDATE_BATCH, &mut attributes) }?;
     }
     Ok(())
 }
@@ -79,7 +71,8 @@ fn expect_sizes<K, V>(map: &MapData) -> io::Result<()> {
     Ok(())
 }
 
-/// Calls `visit` with each entry of a hash map whose keys are `K` and whose values are `V`.
+/// Calls `visit` with each entry of a hash map or an array whose keys are `K` and whose values are
+/// `V`.
 ///
 /// # Errors
 /// What the kernel says; what was visited before stays visited.
@@ -106,19 +99,11 @@ pub fn for_each<K: Pod, V: Pod>(map: &MapData, mut visit: impl FnMut(&K, &V)) ->
         };
         // SAFETY: the kernel writes at most `count` keys and values of the sizes compared above
         // into the vectors' room, and a word into `next`; all live until it returns.
-        let answer = unsafe {
-            libc::syscall(
-                libc::SYS_bpf,
-                LOOKUP_BATCH,
-                &raw mut attributes,
-                size_of::<Attributes>(),
-            )
-        };
-        let error = (answer < 0).then(io::Error::last_os_error);
-        let is_last = match error {
-            None => false,
-            Some(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
-            Some(error) => return Err(error),
+        let answer = unsafe { bpf(LOOKUP_BATCH, &mut attributes) };
+        let is_last = match answer {
+            Ok(()) => false,
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+            Err(error) => return Err(error),
         };
         let found = (attributes.count as usize).min(entries);
         // SAFETY: the kernel has written so many; any bytes are valid for plain data.

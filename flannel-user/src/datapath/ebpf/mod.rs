@@ -17,12 +17,15 @@
 
 mod attach;
 pub mod batch;
+mod counters;
+mod ends;
 pub mod epoch;
 mod flows;
 pub mod invalidation;
 mod object;
 mod own;
 mod pins;
+mod syscall;
 mod tables;
 mod trace;
 
@@ -36,6 +39,7 @@ use std::{
     time::Duration,
 };
 
+use aya::maps::MapError;
 use flannel_ebpf::{
     layout::{FAST_PATH_LEARNED, LocalPod, NodeConfig, POD_IN_KERNEL, Tally},
     reason::Reason,
@@ -107,7 +111,7 @@ pub enum EbpfError {
         map: &'static str,
         /// What the kernel said.
         #[source]
-        source: aya::maps::MapError,
+        source: MapError,
     },
     /// What changes verdicts could not be watched.
     #[error("cannot watch what changes verdicts")]
@@ -127,6 +131,15 @@ pub enum EbpfError {
         #[source]
         source: anyhow::Error,
     },
+}
+
+/// For `map_err`: what was tried with which map.
+fn map_failed(action: &'static str, map: &'static str) -> impl FnOnce(MapError) -> EbpfError {
+    move |source| EbpfError::Map {
+        action,
+        map,
+        source,
+    }
 }
 
 /// Where and how the programs live.
