@@ -15,6 +15,8 @@ use super::syscall::bpf;
 
 /// `BPF_MAP_LOOKUP_BATCH`.
 const LOOKUP_BATCH: libc::c_long = 24;
+/// `BPF_MAP_LOOKUP_AND_DELETE_BATCH`.
+const TAKE_BATCH: libc::c_long = 25;
 /// `BPF_MAP_UPDATE_BATCH`.
 const UPDATE_BATCH: libc::c_long = 26;
 /// Entries of one call: more than any bucket of a table holds.
@@ -116,6 +118,55 @@ pub fn for_each<K: Pod, V: Pod>(map: &MapData, mut visit: impl FnMut(&K, &V)) ->
         }
         if is_last {
             return Ok(());
+        }
+        place = next;
+        is_first = false;
+    }
+}
+
+/// Removes every entry of a hash map.
+///
+/// # Errors
+/// What the kernel says; what was removed before stays removed.
+pub fn empty(map: &MapData) -> io::Result<()> {
+    let info = map.info().map_err(io::Error::other)?;
+    let entries = ENTRIES.min(info.max_entries());
+    let room = |size: u32| vec![0_u8; size as usize * entries as usize];
+    let (mut keys, mut values) = (room(info.key_size()), room(info.value_size()));
+    let (mut place, mut next) = (0u32, 0u32);
+    let mut is_first = true;
+    loop {
+        let mut attributes = Attributes {
+            in_batch: if is_first {
+                0
+            } else {
+                (&raw const place) as u64
+            },
+            out_batch: (&raw mut next) as u64,
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: entries,
+            map: map.fd().as_fd().as_raw_fd().cast_unsigned(),
+            ..Attributes::default()
+        };
+        // SAFETY: the kernel writes at most `count` keys and values of the map's sizes into the
+        // vectors, which have that room, and a word into `next`; all live until it returns.
+        let answer = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                TAKE_BATCH,
+                &raw mut attributes,
+                size_of::<Attributes>(),
+            )
+        };
+        if answer < 0 {
+            let error = io::Error::last_os_error();
+            // The last bucket was reached.
+            return if error.raw_os_error() == Some(libc::ENOENT) {
+                Ok(())
+            } else {
+                Err(error)
+            };
         }
         place = next;
         is_first = false;

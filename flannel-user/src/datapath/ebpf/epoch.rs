@@ -99,10 +99,16 @@ impl Generation {
             clock: Clock::new(jiffies),
         };
         let generation = Self(Arc::new(Mutex::new(inner)));
-        generation.set_validity(validity);
-        generation.raise();
-        generation.raise_classes();
+        generation.renew(jiffies, validity);
         Ok(generation)
+    }
+
+    /// Begins anew at `jiffies`, after a time in which nobody saw what happened.
+    pub(super) fn renew(&self, jiffies: u32, validity: Duration) {
+        self.set_clock(jiffies);
+        self.set_validity(validity);
+        self.raise();
+        self.raise_classes();
     }
 
     fn with<T>(&self, work: impl FnOnce(&mut Inner) -> T) -> T {

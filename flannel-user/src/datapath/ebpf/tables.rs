@@ -289,6 +289,24 @@ impl MapTables {
         self.remotes.map.get(&key, 0).ok()
     }
 
+    /// Every counter starts at 0 again.
+    pub(super) fn reset_counters(&mut self) -> Result<(), EbpfError> {
+        let failed = |source| EbpfError::Map {
+            action: "write",
+            map: COUNTERS,
+            source,
+        };
+        let cpus = self.counters.get(&0, 0).map_err(failed)?.len();
+        for reason in Reason::ALL {
+            let zeros = PerCpuValues::try_from(vec![Tally::default(); cpus])
+                .map_err(|error| failed(MapError::IoError(error)))?;
+            self.counters
+                .set(reason.index(), zeros, 0)
+                .map_err(failed)?;
+        }
+        Ok(())
+    }
+
     /// Every outcome, summed over all CPUs.
     pub(super) fn counters(&self) -> Result<Vec<(Reason, Tally)>, EbpfError> {
         Reason::ALL
