@@ -8,6 +8,8 @@
 mod bad_input;
 mod bench;
 mod classes;
+mod classes_counts;
+mod classes_rules;
 mod direct;
 mod etcd_faults;
 mod flows;
@@ -27,6 +29,7 @@ mod learned_switching;
 mod learned_works;
 mod mixed_cluster;
 mod offload;
+mod own_handover;
 mod pairings;
 mod pods;
 mod repair;

@@ -14,6 +14,7 @@ pub mod agent;
 pub mod bench;
 pub mod binaries;
 pub mod capture;
+pub mod classes;
 pub mod closing;
 pub mod cluster;
 pub mod conntrack;

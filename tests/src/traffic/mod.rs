@@ -12,6 +12,7 @@ pub mod flows;
 pub mod forged;
 pub mod latency;
 pub mod many_flows;
+pub mod many_ports;
 pub mod pattern;
 pub mod pinger;
 pub mod queue;
@@ -83,6 +84,10 @@ pub enum Tool {
     ManyServe(many_flows::ServeArgs),
     /// Many request/response flows at once.
     Many(many_flows::ClientArgs),
+    /// Serve short connections on many ports, until told.
+    PortsServe(many_ports::ServeArgs),
+    /// Make short connections to many ports in turn.
+    Ports(many_ports::ClientArgs),
 }
 
 impl Tool {
@@ -115,6 +120,8 @@ impl Tool {
             Self::Queue(args) => report(&queue::pass_on(args)?),
             Self::ManyServe(args) => report(&many_flows::serve(args)?),
             Self::Many(args) => report(&many_flows::client(args)?),
+            Self::PortsServe(args) => report(&many_ports::serve(args)?),
+            Self::Ports(args) => report(&many_ports::client(args)?),
         }
     }
 }

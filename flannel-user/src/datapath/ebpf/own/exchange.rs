@@ -38,6 +38,14 @@ pub(super) struct Looked {
     pub(super) refused: usize,
 }
 
+/// How many classes there are.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct ClassCensus {
+    pub(super) known: u64,
+    /// Used of late.
+    pub(super) in_use: u64,
+}
+
 impl Exchange {
     pub(super) fn new(table: OwnTable) -> Self {
         Self {
@@ -56,17 +64,36 @@ impl Exchange {
         self.table.count(Reason::OwnProbe)
     }
 
-    /// Forgets classes that nobody has used for so long; how many are left.
-    pub(super) fn forget_classes(&mut self, clock: &Clock, unused: Duration) -> u64 {
-        let (now, ticks) = (clock.now(), clock.ticks(unused));
-        let (mut old, mut used) = (Vec::new(), 0);
+    /// How many connections programs have called the agent for so far: only the kernel can carry
+    /// them, or another one waits for their tuple.
+    pub(super) fn called(&self) -> u64 {
+        [Reason::OwnRecalled, Reason::OwnQuoted, Reason::OwnClashed]
+            .into_iter()
+            .map(|reason| self.table.count(reason))
+            .sum()
+    }
+
+    /// Counts classes and those of which a SYN has passed the stack within `recent`; forgets those
+    /// of which none has for `unused`.
+    pub(super) fn count_classes(
+        &mut self,
+        clock: &Clock,
+        recent: Duration,
+        unused: Duration,
+    ) -> ClassCensus {
+        let (recent, unused) = (clock.ticks(recent), clock.ticks(unused));
+        let now = clock.now();
+        let mut old = Vec::new();
+        let mut census = ClassCensus::default();
         let read = self.table.scan_classes(|key, class| {
-            let age = now.wrapping_sub(class.syn_seen);
-            if age.cast_signed() > 0 && age > ticks {
+            // A program may have read the clock just after us.
+            let age = now.wrapping_sub(class.syn_seen).cast_signed().max(0);
+            if age.cast_unsigned() > unused {
                 old.push(*key);
-            } else {
-                used += 1;
+                return;
             }
+            census.known += 1;
+            census.in_use += u64::from(age.cast_unsigned() <= recent);
         });
         if let Err(error) = read {
             debug!(%error, "cannot read classes");
@@ -74,7 +101,7 @@ impl Exchange {
         for key in &old {
             self.table.delete_class(key);
         }
-        used
+        census
     }
 
     pub(super) fn reach_conntrack(&mut self) -> Result<&mut ConntrackTable, TableError> {
