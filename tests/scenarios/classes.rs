@@ -24,16 +24,16 @@ use lab::{
 const AT_ONCE: Duration = Duration::from_millis(50);
 
 /// How own connections fare on a node.
-fn own(node: &Node) -> Result<OwnState> {
+pub(super) fn own(node: &Node) -> Result<OwnState> {
     let own = node.status()?.bypass.and_then(|bypass| bypass.own);
     own.with_context(|| format!("{} has no own connections", node.name()))
 }
 
-fn opened(node: &Node) -> Result<u64> {
+pub(super) fn opened(node: &Node) -> Result<u64> {
     Ok(node.status()?.packets("own_opened"))
 }
 
-fn serve(pod: &Pod) -> Result<Task> {
+pub(super) fn serve(pod: &Pod) -> Result<Task> {
     pod.tool(&format!("connections-serve --port {CONNECTIONS_PORT}"))
 }
 
@@ -57,13 +57,13 @@ fn rush(kube: &Kube) -> Result<Task> {
 }
 
 /// Handshakes that a pod's servers have seen to their end.
-fn established(pod: &Pod) -> Result<u64> {
+pub(super) fn established(pod: &Pod) -> Result<u64> {
     let text = pod.namespace().read("/proc/thread-self/net/snmp")?;
     snmp(&text, "Tcp", "PassiveOpens").context("no PassiveOpens")
 }
 
 /// Waits until connections open without asking on both nodes.
-fn until_hot(kube: &Kube) -> Result<()> {
+pub(super) fn until_hot(kube: &Kube) -> Result<()> {
     let (a, b) = kube.cluster.nodes();
     let before = [opened(a)?, opened(b)?];
     wait::until_true("classes are in use", Duration::from_secs(5), || {

@@ -8,6 +8,10 @@
 mod bad_input;
 mod bench;
 mod classes;
+mod classes_address_reuse;
+mod classes_flood;
+mod classes_handshakes;
+mod classes_path_mtu;
 mod direct;
 mod etcd_faults;
 mod flows;

@@ -83,7 +83,8 @@ pub fn send(args: &RawArgs) -> Result<RawReport> {
     Ok(report)
 }
 
-fn raw_socket() -> io::Result<OwnedFd> {
+/// A socket for packets whose IP header is in them.
+pub(super) fn raw_socket() -> io::Result<OwnedFd> {
     // SAFETY: no pointer is involved.
     let socket = unsafe {
         libc::socket(
@@ -138,15 +139,20 @@ fn packet(args: &RawArgs, id: u16, number: u64) -> Vec<u8> {
     datagram.extend(length.to_be_bytes());
     datagram.extend([0, 0]);
     datagram.extend(payload);
-    let checksum = udp_checksum(*args.from.ip(), *args.to.ip(), &datagram);
+    let checksum = match checksum(17, (*args.from.ip(), *args.to.ip()), &datagram) {
+        // Zero would say that there is none.
+        0 => 0xffff,
+        other => other,
+    };
     datagram[6..8].copy_from_slice(&checksum.to_be_bytes());
     bytes.extend(datagram);
     bytes
 }
 
-fn udp_checksum(from: Ipv4Addr, to: Ipv4Addr, datagram: &[u8]) -> u16 {
-    let mut sum = 17 + datagram.len() as u32;
-    for part in [&from.octets()[..], &to.octets()[..], datagram] {
+/// The checksum of UDP or TCP between two addresses.
+pub(super) fn checksum(protocol: u32, (from, to): (Ipv4Addr, Ipv4Addr), segment: &[u8]) -> u16 {
+    let mut sum = protocol + segment.len() as u32;
+    for part in [&from.octets()[..], &to.octets()[..], segment] {
         let (pairs, rest) = part.as_chunks::<2>();
         for pair in pairs {
             sum += u32::from(u16::from_be_bytes(*pair));
@@ -156,10 +162,7 @@ fn udp_checksum(from: Ipv4Addr, to: Ipv4Addr, datagram: &[u8]) -> u16 {
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }
-    match !(sum as u16) {
-        0 => 0xffff,
-        other => other,
-    }
+    !(sum as u16)
 }
 
 #[cfg(test)]
@@ -170,9 +173,9 @@ mod tests {
     fn a_checksum_makes_the_sum_vanish() {
         let (from, to) = (Ipv4Addr::new(10, 244, 1, 2), Ipv4Addr::new(10, 244, 2, 2));
         let mut datagram = vec![0x9c, 0x40, 0x23, 0x28, 0, 13, 0, 0, 1, 2, 3, 4, 5];
-        let checksum = udp_checksum(from, to, &datagram);
-        datagram[6..8].copy_from_slice(&checksum.to_be_bytes());
-        // Summed over itself it is what an all-ones sum turns into.
-        assert_eq!(udp_checksum(from, to, &datagram), 0xffff);
+        let right = checksum(17, (from, to), &datagram);
+        datagram[6..8].copy_from_slice(&right.to_be_bytes());
+        // Summed over itself nothing is left.
+        assert_eq!(checksum(17, (from, to), &datagram), 0);
     }
 }
