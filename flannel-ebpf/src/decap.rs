@@ -13,7 +13,7 @@ use crate::{
     header::{self, Ethernet},
     layout::{DROP_FORGED, InFlow, LocalPod, NodeConfig},
     learned::{self, Hit},
-    outer::OVERHEAD,
+    outer::INNER_IP,
     packet::Packet,
     reason::Reason,
     tables::Tables,
@@ -39,9 +39,7 @@ const OUTER_IP: usize = size_of::<Ethernet>();
 const OUTER_UDP: usize = OUTER_IP + Ipv4Hdr::LEN;
 const VXLAN: usize = OUTER_UDP + size_of::<UdpHdr>();
 const INNER_ETHERNET: usize = VXLAN + VxlanHdr::LEN;
-/// Offset of the inner IP header.
-pub const INNER_IP: usize = INNER_ETHERNET + size_of::<Ethernet>();
-const _: () = assert!(INNER_IP == OUTER_IP + OVERHEAD);
+const _: () = assert!(INNER_IP == INNER_ETHERNET + size_of::<Ethernet>());
 
 /// What to do with a tunnel packet that no known peer can have sent.
 #[inline(always)]

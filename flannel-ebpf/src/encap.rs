@@ -7,6 +7,7 @@ use crate::{
     header::{self, Ethernet, Header},
     layout::{LocalPod, MODE_VXLAN, NodeConfig, OutFlow, POD_IN_KERNEL, RemoteSubnet},
     learned::{self, Hit},
+    outer::{INNER_IP, OVERHEAD},
     packet::Packet,
     reason::Reason,
     tables::Tables,
@@ -117,9 +118,6 @@ fn unfit(ip: &Ipv4Hdr) -> Reason {
     }
 }
 
-/// Offset of the inner IP header of a tunnel packet.
-pub const INNER_IP: usize = size_of::<Ethernet>() + crate::outer::OVERHEAD;
-
 /// Is it a tunnel packet of our network with IPv4 inside, as it leaves by the uplink?
 #[inline(always)]
 pub fn is_tunnelled<F: Frame>(frame: &F, node: &NodeConfig) -> bool {
@@ -207,11 +205,7 @@ pub fn encapsulate<'a, F: Frame, T: Tables>(
         .at::<Ipv4Hdr>(Ethernet::LEN)
         .ok_or(Reason::OutMalformed)?;
     if ip.vihl != 0x45 {
-        return Err(if ip.vihl >> 4 == 4 && ip.vihl & 0xf > 5 {
-            Reason::OutIpOptions
-        } else {
-            Reason::OutMalformed
-        });
+        return Err(unfit(ip));
     }
     if header::is_multicast(ip.dst_addr) {
         return Err(Reason::OutMulticast);
@@ -247,7 +241,7 @@ pub fn encapsulate<'a, F: Frame, T: Tables>(
         return Err(Reason::OutOverMtu);
     }
     // A segmentation-offload packet may fill the 16-bit length on its own.
-    if inner_len > u16::MAX - crate::outer::OVERHEAD as u16 {
+    if inner_len > u16::MAX - OVERHEAD as u16 {
         return Err(Reason::OutGso);
     }
     Ok(Encapsulation {

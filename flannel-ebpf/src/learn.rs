@@ -142,14 +142,8 @@ impl Left<'_> {
         {
             return Err(Reason::LearnOutExcluded);
         }
-        let tag = hash::tag(&note.key);
-        entry.verdict = Verdict {
-            far: self.far,
-            far_port: self.far_port,
-            ip_delta: checksum::difference(note.key.dst, self.far),
-            translated: u8::from(self.far != note.key.dst || self.far_port != note.key.dport),
-            ..verdict(note, tables, note.key.src, peer, now, tag)
-        };
+        let (before, far) = ((note.key.dst, note.key.dport), (self.far, self.far_port));
+        entry.verdict = verdict(note, tables, now, note.key.src, peer, before, far);
         entry.ingress = note.ifindex;
         entry.uplink = self.uplink;
         entry.mark = self.mark;
@@ -158,7 +152,7 @@ impl Left<'_> {
         entry._pad = [0; 2];
         entry.outer_sum = outer_sum(self.template);
         entry.template = *self.template;
-        entry.tag = tag;
+        entry.tag = entry.verdict.tag;
         entry._end = [0; 2];
         Ok(())
     }
@@ -230,19 +224,13 @@ impl Arrived {
         {
             return Err(Reason::LearnInExcluded);
         }
-        let tag = hash::tag(&note.key);
-        entry.verdict = Verdict {
-            far: self.far,
-            far_port: self.far_port,
-            ip_delta: checksum::difference(note.key.src, self.far),
-            translated: u8::from(self.far != note.key.src || self.far_port != note.key.sport),
-            ..verdict(note, tables, note.key.dst, peer, now, tag)
-        };
+        let (before, far) = ((note.key.src, note.key.sport), (self.far, self.far_port));
+        entry.verdict = verdict(note, tables, now, note.key.dst, peer, before, far);
         entry.pod = self.pod;
         entry.mtu = pod.mtu;
         entry.node = peer;
         entry.macs = self.macs;
-        entry.tag = tag;
+        entry.tag = entry.verdict.tag;
         entry._end = 0;
         Ok(())
     }
@@ -263,19 +251,27 @@ fn is_excluded<T: Tables>(tables: &T, key: &FlowKey, far: [u8; 4], far_port: [u8
         || tables.is_excluded_address(far)
 }
 
-/// The part that both directions have alike.
+/// An address and a port.
+type End = ([u8; 4], [u8; 2]);
+
+/// The part that both directions have alike. The far end was `before` and is `far` afterwards.
 #[inline(always)]
 fn verdict<T: Tables>(
     note: &Note,
     tables: &T,
+    now: u32,
     pod: [u8; 4],
     peer: [u8; 4],
-    now: u32,
-    tag: u32,
+    before: End,
+    far: End,
 ) -> Verdict {
     let (pod_slot, peer_slot) = (generation_slot(pod), generation_slot(peer));
     Verdict {
-        tag,
+        far: far.0,
+        far_port: far.1,
+        ip_delta: checksum::difference(before.0, far.0),
+        translated: u8::from(far != before),
+        tag: hash::tag(&note.key),
         seen: now,
         probed: now,
         generation: note.generation,

@@ -31,6 +31,9 @@ pub struct Outer {
 pub const OVERHEAD: usize = size_of::<Outer>();
 const _: () = assert!(OVERHEAD == 50 && align_of::<Outer>() == 1);
 
+/// Offset of the inner IP header of a tunnel packet.
+pub const INNER_IP: usize = size_of::<Ethernet>() + OVERHEAD;
+
 /// The new inner TTL with its checksum: one hop further.
 #[inline(always)]
 #[must_use]

@@ -110,10 +110,10 @@ mod tests {
     use super::*;
     use crate::{
         ecn,
-        encap::INNER_IP,
         header::{TCP, UDP},
         layout::{Note, TEMPLATE_LEN},
         learn::{Arrived, Left, neutralize},
+        outer::INNER_IP,
         random::{Random, packet, recomputed, sum},
         rows::{self, Fixture},
         sighting::{self, Match, Way},

@@ -75,7 +75,7 @@ fn connection(row: &Row) -> Option<FlowKey> {
     const TCP: u8 = 6;
     let (frame, offset) = match row.direction {
         Direction::Out => (row.frame(), 14),
-        _ => (row.frame(), flannel_ebpf::decap::INNER_IP),
+        _ => (row.frame(), flannel_ebpf::outer::INNER_IP),
     };
     let key = Packet::read(&frame, offset)?.key;
     let key = match row.direction {

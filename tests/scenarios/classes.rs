@@ -19,9 +19,8 @@ use lab::{
     wait,
 };
 
-/// A handshake may be under way while the command returns, and the thread that hears of the event
-/// has to get a CPU.
-const AT_ONCE: Duration = Duration::from_millis(50);
+/// A rule set's event is dealt with before the command that made it returns.
+const AT_ONCE: Duration = Duration::ZERO;
 
 /// How own connections fare on a node.
 pub(super) fn own(node: &Node) -> Result<OwnState> {

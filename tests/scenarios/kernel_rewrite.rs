@@ -11,11 +11,11 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use flannel_ebpf::{
     ecn,
-    encap::INNER_IP,
     frame::Bytes,
     header::{TCP, UDP},
     layout::{FlowKey, InFlow, LocalPod, MODE_VXLAN, Note, OutFlow, RemoteSubnet, TEMPLATE_LEN},
     learn::{Arrived, Left, neutralize},
+    outer::INNER_IP,
     packet::Packet,
     random::{self, Random},
     rewrite,

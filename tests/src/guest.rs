@@ -5,7 +5,7 @@
 
 use std::{fs, time::Instant};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use flannel_user::observe::status::Mode::{self, Ebpf, Netlink};
 
 use crate::{cluster::Cluster, exchange, lab::Lab, paths::Packets, wait};
@@ -47,7 +47,16 @@ pub fn run(args: &GuestArgs) -> Result<()> {
     let mut cluster = None;
     check("two agents start in ebpf mode", &mut || {
         cluster = Some(Cluster::start(&lab, &[Ebpf])?);
-        Ok(format!("{} ", lab[0].status()?.mode_reason))
+        for node in lab.nodes() {
+            let status = node.status()?;
+            ensure!(
+                status.mode == Ebpf,
+                "{}: {}",
+                node.name(),
+                status.mode_reason
+            );
+        }
+        Ok(String::new())
     });
     if let Some(cluster) = &cluster {
         for mode in [Ebpf, Netlink] {
@@ -61,7 +70,7 @@ pub fn run(args: &GuestArgs) -> Result<()> {
             }
         }
     }
-    anyhow::ensure!(failed == 0, "{failed} checks failed");
+    ensure!(failed == 0, "{failed} checks failed");
     Ok(())
 }
 

@@ -62,7 +62,9 @@ pub struct Taken {
     pub encapsulated: u64,
     /// Packets that the programs delivered.
     pub decapsulated: u64,
-    /// What `flannel.1` counted.
+    /// Copies of delivered packets that only asked the kernel.
+    pub copies: u64,
+    /// What `flannel.1` counted, such copies included.
     pub tunnel: InterfaceCounters,
 }
 
@@ -82,20 +84,15 @@ impl Taken {
     /// # Errors
     /// When there is no tunnel device, or an agent that does not answer.
     pub fn now(node: &Node) -> Result<Self> {
-        let (encapsulated, decapsulated) = if node.exists_agent()? {
+        let mut taken = Self::default();
+        if node.exists_agent()? {
             let status = node.status()?;
-            (
-                status.packets("encapsulated"),
-                status.packets("decapsulated"),
-            )
-        } else {
-            (0, 0)
-        };
-        Ok(Self {
-            encapsulated,
-            decapsulated,
-            tunnel: node.interface_counters(TUNNEL)?,
-        })
+            taken.encapsulated = status.packets("encapsulated");
+            taken.decapsulated = status.packets("decapsulated");
+            taken.copies = status.packets("in_probe");
+        }
+        taken.tunnel = node.interface_counters(TUNNEL)?;
+        Ok(taken)
     }
 
     /// What happened since `before`. Counters of programs start anew with their maps.
@@ -105,6 +102,7 @@ impl Taken {
         Self {
             encapsulated: grown(self.encapsulated, before.encapsulated),
             decapsulated: grown(self.decapsulated, before.decapsulated),
+            copies: grown(self.copies, before.copies),
             tunnel: InterfaceCounters {
                 sent: grown(self.tunnel.sent, before.tunnel.sent),
                 received: grown(self.tunnel.received, before.tunnel.received),
@@ -117,7 +115,10 @@ impl Taken {
     pub fn on(self, way: Way) -> (u64, u64) {
         match way {
             Way::Out => (self.encapsulated, self.tunnel.sent),
-            Way::In => (self.decapsulated, self.tunnel.received),
+            Way::In => (
+                self.decapsulated,
+                self.tunnel.received.saturating_sub(self.copies),
+            ),
         }
     }
 }

@@ -36,8 +36,7 @@ struct Passed {
 
 #[inline(always)]
 fn passed(leaving: &Note, wire: &FlowKey, pod: u32, node: &NodeConfig, way: Way) -> Passed {
-    let (note, outcome) = watch::matched(leaving, node, way);
-    let Some(note) = note else {
+    let Some((note, outcome)) = watch::matched(leaving, node, way) else {
         return Passed {
             is_matched: false,
             is_same: false,

@@ -23,6 +23,7 @@ use flannel_ebpf::{
     header::{self, Ethernet},
     layout::{FAST_PATH_CLASSES, FAST_PATH_LEARNED, FlowKey, NodeConfig, Verdict},
     learned::Hit,
+    outer::INNER_IP,
     own::opening,
     packet::Packet,
     reason::{Action, Reason},
@@ -182,13 +183,13 @@ fn arrive(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Result<(Reason
                 unknown_in(context, wire, node, &packet)
             }
         },
-        Arrive::Unknown => match Packet::read(wire, decap::INNER_IP) {
+        Arrive::Unknown => match Packet::read(wire, INNER_IP) {
             Some(packet) => unknown_in(context, wire, node, &packet),
             None => Err(Reason::InMalformed),
         },
         Arrive::Kernel(reason) => {
             if reason == Reason::InProtocol {
-                own::quoted(wire, decap::INNER_IP, Way::In);
+                own::quoted(wire, INNER_IP, Way::In);
             }
             Err(reason)
         }

@@ -2,10 +2,10 @@
 
 use aya_ebpf::programs::TcContext;
 use flannel_ebpf::{
-    decap,
-    encap::{self, INNER_IP},
+    decap, encap,
     frame::Frame as _,
     layout::{Class, FlowKey, LocalPod, NodeConfig, OwnFlow, generation_slot},
+    outer::INNER_IP,
     own::{
         self, Meeting, Segment, Stage,
         class::{self, Now, Standing},
@@ -168,20 +168,21 @@ fn admit(
         return Err(refused(entry));
     }
     let epoch = KernelTables.epoch();
+    // Null for none: beside an Option's tag older verifiers (Linux 6.1) lose what it points to.
     let class = if opening::needs_class(node) {
         match ask_class(packet, key, way, now) {
-            Ok(class) => Some(class),
+            Ok(class) => class,
             Err(reason) => {
                 counters::count(reason, len);
                 return Err(refused(entry));
             }
         }
     } else {
-        None
+        core::ptr::null_mut()
     };
     let opens = || {
         counters::count(Reason::OwnOpened, len);
-        if let Some(class) = class {
+        if !class.is_null() {
             // SAFETY: a map's value; a lost count is found again.
             unsafe { class::opens(&mut *class, &epoch, now) };
         }

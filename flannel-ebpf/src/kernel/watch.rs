@@ -3,7 +3,7 @@
 
 use aya_ebpf::programs::TcContext;
 use flannel_ebpf::{
-    candidate, encap,
+    candidate,
     frame::Frame as _,
     hash,
     header::Ethernet,
@@ -11,6 +11,7 @@ use flannel_ebpf::{
         Candidate, FAST_PATH_CLASSES, FlowKey, NodeConfig, Note, TEMPLATE_LEN, Trail, Verdict,
     },
     learn::{self, Arrived, Left},
+    outer::INNER_IP,
     own::opening,
     packet::Packet,
     reason::Reason,
@@ -112,78 +113,81 @@ pub(super) const fn question(reason: Reason) -> Option<u32> {
     }
 }
 
-/// What a match needs of its note.
-struct Found {
-    slot: *mut Note,
+/// What the trail of a packet that leaves leads to.
+struct Trailed {
+    note: *mut Note,
+    /// How the two compare.
+    outcome: Match,
+    /// Another note may be meant as well.
+    is_ambiguous: bool,
+}
+
+impl Trailed {
+    /// No other packet is this note's.
+    #[inline(always)]
+    fn use_up(&self) {
+        // SAFETY: a per-CPU value; programs at TC do not interrupt each other on one CPU.
+        unsafe { (*self.note).live = 0 };
+    }
+}
+
+#[inline(always)]
+fn follow(leaving: &Note, node: &NodeConfig, way: Way) -> Option<Trailed> {
+    let place = sighting::trail_place(leaving, way, node.seed);
+    // SAFETY: per-CPU values; programs at TC do not interrupt each other on one CPU.
+    unsafe {
+        let trail = *maps::trail(way, place)?;
+        if trail.note == 0 {
+            return None;
+        }
+        let note = maps::note(way, u32::from(trail.note) - 1)?;
+        Some(Trailed {
+            note,
+            outcome: sighting::compare(&*note, leaving, way),
+            is_ambiguous: trail.ambiguous != 0,
+        })
+    }
 }
 
 /// The note of a packet that leaves, used up, and how the two compare; without a note, or where
 /// two may be meant, nothing is known of the packet.
 #[inline(always)]
-pub(super) fn matched(leaving: &Note, node: &NodeConfig, way: Way) -> (Option<*mut Note>, Match) {
-    const UNKNOWN: (Option<*mut Note>, Match) = (None, Match::None);
-    let place = sighting::trail_place(leaving, way, node.seed);
-    // SAFETY: per-CPU values; programs at TC do not interrupt each other on one CPU.
-    unsafe {
-        let Some(trail) = maps::trail(way, place).map(|trail| *trail) else {
-            return UNKNOWN;
-        };
-        if trail.note == 0 {
-            return UNKNOWN;
-        }
-        let Some(slot) = maps::note(way, u32::from(trail.note) - 1) else {
-            return UNKNOWN;
-        };
-        match sighting::compare(&*slot, leaving, way) {
-            Match::None => UNKNOWN,
-            _ if trail.ambiguous != 0 => UNKNOWN,
-            outcome => {
-                (*slot).live = 0;
-                (Some(slot), outcome)
-            }
-        }
+pub(super) fn matched(leaving: &Note, node: &NodeConfig, way: Way) -> Option<(*const Note, Match)> {
+    let trailed = follow(leaving, node, way)?;
+    if trailed.is_ambiguous || trailed.outcome == Match::None {
+        return None;
     }
+    trailed.use_up();
+    Some((trailed.note, trailed.outcome))
 }
 
-/// The note of a packet that leaves.
+/// The note of a packet that leaves, used up, if the stack did nothing to it that is not learned.
 #[inline(always)]
-fn find(leaving: &Note, node: &NodeConfig, way: Way) -> Result<Found, Reason> {
+fn find(leaving: &Note, node: &NodeConfig, way: Way) -> Result<*const Note, Reason> {
     let reason = |out, inward| match way {
         Way::Out => out,
         Way::In => inward,
     };
     let unmatched = reason(Reason::LearnOutUnmatched, Reason::LearnInUnmatched);
-    let place = sighting::trail_place(leaving, way, node.seed);
-    // SAFETY: per-CPU values; programs at TC do not interrupt each other on one CPU.
-    let (slot, outcome, ambiguous) = unsafe {
-        let trail = *maps::trail(way, place).ok_or(unmatched)?;
-        if trail.note == 0 {
-            return Err(unmatched);
-        }
-        let slot = maps::note(way, u32::from(trail.note) - 1).ok_or(unmatched)?;
-        let outcome = sighting::compare(&*slot, leaving, way);
-        (slot, outcome, trail.ambiguous != 0)
-    };
-    if ambiguous && outcome != Match::None {
+    let trailed = follow(leaving, node, way).ok_or(unmatched)?;
+    if trailed.is_ambiguous && trailed.outcome != Match::None {
         return Err(reason(Reason::LearnOutAmbiguous, Reason::LearnInAmbiguous));
     }
-    match outcome {
+    match trailed.outcome {
         Match::None => return Err(unmatched),
         Match::OtherTos => return Err(reason(Reason::LearnOutOtherTos, Reason::LearnInOtherTos)),
         Match::OtherTtl => return Err(reason(Reason::LearnOutOtherTtl, Reason::LearnInOtherTtl)),
         Match::Same => {}
     }
-    // SAFETY: as above.
-    unsafe {
-        (*slot).live = 0;
-        if (*slot).generation != KernelTables.epoch().generation {
-            return Err(reason(
-                Reason::LearnOutOldGeneration,
-                Reason::LearnInOldGeneration,
-            ));
-        }
+    trailed.use_up();
+    // SAFETY: as in `follow`.
+    if unsafe { (*trailed.note).generation } != KernelTables.epoch().generation {
+        return Err(reason(
+            Reason::LearnOutOldGeneration,
+            Reason::LearnInOldGeneration,
+        ));
     }
-    Ok(Found { slot })
+    Ok(trailed.note)
 }
 
 /// Is the entry of this flow, and of its pod and peer as they are now?
@@ -223,22 +227,21 @@ fn enough(way: Way, outcome: u64, note: &Note) -> bool {
 /// What the stack made of a pod's packet: sighting at the egress of the uplink.
 #[inline(always)]
 pub(super) fn left(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Option<Reason> {
-    let packet = Packet::read(wire, encap::INNER_IP)?;
+    let packet = Packet::read(wire, INNER_IP)?;
     let is_handshake = opening::is_wanted(node) && packet.is_handshake();
     if packet.is_boundary() && !is_handshake {
         return None;
     }
-    let mut leaving = sighting::note(wire, encap::INNER_IP, &packet)?;
+    let mut leaving = sighting::note(wire, INNER_IP, &packet)?;
     leaving.at = maps::jiffies();
     if is_handshake {
         return handshake::left(context, wire, &packet, &leaving, node);
     }
-    let found = match find(&leaving, node, Way::Out) {
-        Ok(found) => found,
+    let note = match find(&leaving, node, Way::Out) {
+        // SAFETY: a per-CPU value that nothing writes during this run.
+        Ok(note) => unsafe { &*note },
         Err(reason) => return Some(reason),
     };
-    // SAFETY: a per-CPU value that nothing writes during this run.
-    let note = unsafe { &*found.slot };
     let (mark, priority) = wire::mark_and_priority(context);
     // SAFETY: a per-CPU value; programs at TC do not interrupt each other on one CPU.
     let template = unsafe { &mut *maps::scratch_template()? };
@@ -304,12 +307,11 @@ pub(super) fn arrived(wire: &Wire, node: &NodeConfig) -> Option<Reason> {
     if is_handshake {
         return handshake::arrived(wire, &packet, &leaving, node);
     }
-    let found = match find(&leaving, node, Way::In) {
-        Ok(found) => found,
+    let note = match find(&leaving, node, Way::In) {
+        // SAFETY: a per-CPU value that nothing writes during this run.
+        Ok(note) => unsafe { &*note },
         Err(reason) => return Some(reason),
     };
-    // SAFETY: a per-CPU value that nothing writes during this run.
-    let note = unsafe { &*found.slot };
     let ethernet = wire.at::<Ethernet>(0)?;
     let (to, from) = (ethernet.destination, ethernet.source);
     let arrived = Arrived {

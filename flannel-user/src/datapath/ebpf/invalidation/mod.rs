@@ -7,19 +7,12 @@
 //! makes no event: conntrack's settings, programs that take packets from
 //! netfilter, and how many flows are confirmed, from which the validity follows.
 
+mod events;
+
 use std::{
-    collections::BTreeMap,
-    io::{self, Read as _},
-    os::{
-        fd::{AsFd as _, AsRawFd as _, BorrowedFd},
-        unix::net::UnixStream,
-    },
+    os::unix::net::UnixStream,
     path::Path,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU32, Ordering},
-        mpsc::Sender,
-    },
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicU32, mpsc::Sender},
     thread,
     time::{Duration, Instant},
 };
@@ -29,34 +22,19 @@ use flannel_ebpf::{
     layout::{COUNTERS, Tally},
     reason::Reason,
 };
-use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
-use netlink_packet_route::{
-    AddressFamily, RouteNetlinkMessage,
-    neighbour::{NeighbourAttribute, NeighbourMessage},
-    route::RouteAttribute,
+use thread_priority::{
+    RealtimeThreadSchedulePolicy, ThreadPriority, ThreadSchedulePolicy,
+    set_thread_priority_and_policy, thread_native_id,
 };
-use netlink_sys::{
-    Socket, SocketAddr,
-    protocols::{NETLINK_NETFILTER, NETLINK_ROUTE, NETLINK_XFRM},
-};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing::{debug, info, warn};
 
+use self::events::Events;
 use super::{
     EbpfError,
     epoch::{Generation, pinned},
     own::Command,
 };
 use crate::datapath::conntrack::{Conntrack, Standing};
-
-const GROUP_NFTABLES: u32 = 7;
-const GROUP_XFRM_SA: u32 = 3;
-const GROUP_XFRM_POLICY: u32 = 4;
-const GROUP_NEIGHBOURS: u32 = 3;
-const GROUP_IPV4_ROUTES: u32 = 7;
-const GROUP_IPV4_RULES: u32 = 8;
-/// Table `local`: addresses, not ways.
-const TABLE_LOCAL: u8 = 255;
 
 /// How often the things without an event are looked at.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -114,22 +92,12 @@ impl Invalidation {
             ..Bypass::default()
         }));
         let mut watch = Watch {
-            stopped,
-            nftables: listen(NETLINK_NETFILTER, &[GROUP_NFTABLES]).map_err(failed)?,
-            // A kernel without IPsec has no policies to watch.
-            xfrm: listen(NETLINK_XFRM, &[GROUP_XFRM_SA, GROUP_XFRM_POLICY]).ok(),
-            routes: listen(
-                NETLINK_ROUTE,
-                &[GROUP_NEIGHBOURS, GROUP_IPV4_ROUTES, GROUP_IPV4_RULES],
-            )
-            .map_err(failed)?,
+            events: Events::listen(stopped, tunnel).map_err(failed)?,
             generation,
             own,
-            tunnel,
             conntrack,
             counters,
             state: Arc::clone(&state),
-            neighbours: BTreeMap::new(),
             least_validity: validity,
             gap: LEAST_GAP,
             raised: Instant::now(),
@@ -137,7 +105,6 @@ impl Invalidation {
             looked: Instant::now(),
             confirmed: None,
             quarrel: None,
-            buffer: vec![0; 64 << 10],
         };
         watch.look();
         thread::Builder::new()
@@ -150,37 +117,38 @@ impl Invalidation {
     /// How the bypass fares now.
     #[must_use]
     pub fn state(&self) -> Bypass {
-        self.state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        of_state(&self.state, |state| state.clone())
     }
 }
 
-fn listen(protocol: isize, groups: &[u32]) -> io::Result<Socket> {
-    let mut socket = Socket::new(protocol)?;
-    socket.set_non_blocking(true)?;
-    socket.bind(&SocketAddr::new(0, 0))?;
-    for group in groups {
-        socket.add_membership(*group)?;
+fn of_state<T>(state: &Mutex<Bypass>, work: impl FnOnce(&mut Bypass) -> T) -> T {
+    work(&mut state.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// Puts the calling thread before all ordinary ones: a command that denies something wakes it, and
+/// it is done before the command returns, however busy the node is.
+fn hurry() {
+    let outcome = set_thread_priority_and_policy(
+        thread_native_id(),
+        ThreadPriority::Min,
+        ThreadSchedulePolicy::Realtime(RealtimeThreadSchedulePolicy::RoundRobin),
+    );
+    if let Err(error) = outcome {
+        info!(
+            ?error,
+            "no real-time priority (CAP_SYS_NICE): on a busy node changed rules take effect some milliseconds later"
+        );
     }
-    Ok(socket)
 }
 
 struct Watch {
-    stopped: UnixStream,
-    nftables: Socket,
-    xfrm: Option<Socket>,
-    routes: Socket,
+    events: Events,
     generation: Generation,
     /// Who hands over what conntrack does not know yet.
     own: Option<Sender<Command>>,
     conntrack: Conntrack,
-    tunnel: Arc<AtomicU32>,
     counters: PerCpuArray<MapData, Tally>,
     state: Arc<Mutex<Bypass>>,
-    /// Link addresses of neighbours: their states come and go without the way changing.
-    neighbours: BTreeMap<(u32, Vec<u8>), Vec<u8>>,
     least_validity: Duration,
     gap: Duration,
     raised: Instant,
@@ -188,11 +156,11 @@ struct Watch {
     looked: Instant,
     confirmed: Option<u64>,
     quarrel: Option<Instant>,
-    buffer: Vec<u8>,
 }
 
 impl Watch {
     fn run(mut self) {
+        hurry();
         loop {
             let until_look = PERIOD.saturating_sub(self.looked.elapsed());
             let until_raise = self.gap.saturating_sub(self.raised.elapsed());
@@ -201,17 +169,20 @@ impl Watch {
             } else {
                 until_look
             };
-            let Some(ready) = self.wait(wait) else {
+            let Some(changed) = self.events.wait(wait) else {
                 return;
             };
-            if ready.rules {
-                // A program may have been put before the rules it serves.
-                self.hold_while_queued();
-            }
-            if ready.rules || ready.ways {
+            if changed.rules || changed.ways {
                 self.generation.raise_classes();
                 self.hand_over_own();
                 self.pending = true;
+            }
+            if changed.rules {
+                self.events.discard_rules();
+                // For what came after the first time and was discarded with the rest.
+                self.generation.raise_classes();
+                // A program may have been put before the rules it serves.
+                self.hold_while_queued();
             }
             if self.pending && self.raised.elapsed() >= self.gap {
                 self.generation.raise();
@@ -225,84 +196,20 @@ impl Watch {
         }
     }
 
-    /// Waits for events; `None` when told to stop.
-    fn wait(&mut self, timeout: Duration) -> Option<Ready> {
-        // Rounded up, so that what is waited for is due afterwards.
-        let timeout = u16::try_from(timeout.as_micros().div_ceil(1000)).unwrap_or(u16::MAX);
-        let mut descriptors = vec![
-            PollFd::new(self.stopped.as_fd(), PollFlags::POLLIN),
-            PollFd::new(descriptor(&self.nftables), PollFlags::POLLIN),
-            PollFd::new(descriptor(&self.routes), PollFlags::POLLIN),
-        ];
-        if let Some(xfrm) = &self.xfrm {
-            descriptors.push(PollFd::new(descriptor(xfrm), PollFlags::POLLIN));
-        }
-        if let Err(error) = poll(&mut descriptors, PollTimeout::from(timeout)) {
-            if error != nix::errno::Errno::EINTR {
-                warn!(%error, "cannot wait for changes: verdicts end by time alone");
-                thread::sleep(PERIOD);
-            }
-            return Some(Ready::default());
-        }
-        let is_ready: Vec<bool> = descriptors
-            .iter()
-            .map(|one| one.any().unwrap_or(false))
-            .collect();
-        drop(descriptors);
-        if is_ready[0] && self.stopped.read(&mut [0]).map_or(true, |read| read == 0) {
-            return None;
-        }
-        let mut ready = Ready::default();
-        if is_ready[1] {
-            ready.rules = self.drain(Kind::Rules);
-        }
-        if is_ready[2] {
-            ready.ways = self.drain(Kind::Ways);
-        }
-        if is_ready.get(3) == Some(&true) {
-            ready.rules |= self.drain(Kind::Policies);
-        }
-        Some(ready)
-    }
-
-    /// Reads all that is there; `true` if a verdict may depend on it.
-    fn drain(&mut self, kind: Kind) -> bool {
-        let mut concerns = false;
-        loop {
-            let socket = match kind {
-                Kind::Rules => &self.nftables,
-                Kind::Ways => &self.routes,
-                Kind::Policies => match &self.xfrm {
-                    Some(socket) => socket,
-                    None => return false,
-                },
-            };
-            match socket.recv(&mut &mut self.buffer[..], 0) {
-                Ok(length) => {
-                    concerns |= match kind {
-                        Kind::Rules | Kind::Policies => true,
-                        Kind::Ways => is_way(
-                            &mut self.neighbours,
-                            self.tunnel.load(Ordering::Relaxed),
-                            &self.buffer[..length],
-                        ),
-                    };
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return concerns,
-                // Events were lost: anything may have changed.
-                Err(_) => concerns = true,
-            }
-        }
-    }
-
     fn hand_over_own(&self) {
         if let Some(own) = &self.own {
             let _ = own.send(Command::HandOver);
         }
     }
 
-    fn with_state(&self, change: impl FnOnce(&mut Bypass)) {
-        change(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner));
+    fn with_state<T>(&self, work: impl FnOnce(&mut Bypass) -> T) -> T {
+        of_state(&self.state, work)
+    }
+
+    /// Lets the programs know what may bypass the stack.
+    fn allow(&self) {
+        let (any, tcp) = self.with_state(|state| (state.held.is_none(), state.tcp_held.is_none()));
+        self.generation.allow(any, any && tcp);
     }
 
     /// Everything that makes no event.
@@ -310,11 +217,7 @@ impl Watch {
         self.looked = Instant::now();
         self.hold_while_queued();
         self.keep_conntrack();
-        let (held, tcp_held) = {
-            let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-            (state.held.is_some(), state.tcp_held.is_some())
-        };
-        self.generation.allow(!held, !held && !tcp_held);
+        self.allow();
         self.adapt();
     }
 
@@ -327,15 +230,13 @@ impl Watch {
                 "process {pid} takes packets from netfilter (NFQUEUE {queue}): they all take the stack"
             )
         });
-        let changed = {
-            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let changed = self.with_state(|state| {
             let changed = state.held != held;
-            let tcp = state.tcp_held.is_none();
             state.held.clone_from(&held);
-            changed.then_some(tcp)
-        };
-        if let Some(tcp) = changed {
-            self.generation.allow(held.is_none(), held.is_none() && tcp);
+            changed
+        });
+        if changed {
+            self.allow();
             self.hand_over_own();
             match held {
                 Some(reason) => warn!(reason, "no packet bypasses the stack"),
@@ -357,14 +258,8 @@ impl Watch {
             ),
             (Standing::Unfit(_), _) => {
                 // Flows that are under way must not meet the stack unprepared, nor the stack them.
-                self.generation.allow(
-                    self.state
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .held
-                        .is_none(),
-                    false,
-                );
+                let any = self.with_state(|state| state.held.is_none());
+                self.generation.allow(any, false);
                 self.hand_over_own();
                 let first = !self.conntrack.is_changed();
                 match self.conntrack.prepare() {
@@ -409,11 +304,7 @@ impl Watch {
             return;
         };
         let rate = confirmed.saturating_sub(before) as f64 / PERIOD.as_secs_f64();
-        let now = self
-            .state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .validity;
+        let now = self.with_state(|state| state.validity);
         let validity = adapted(now, rate, self.least_validity);
         // One direction is confirmed each half validity.
         let flows = rate * now.as_secs_f64() / 2.0;
@@ -446,98 +337,6 @@ fn adapted(now: Duration, rate: f64, least: Duration) -> Duration {
     } else {
         wanted
     }
-}
-
-fn descriptor(socket: &Socket) -> BorrowedFd<'_> {
-    // SAFETY: borrowed for as long as the socket.
-    unsafe { BorrowedFd::borrow_raw(socket.as_raw_fd()) }
-}
-
-#[derive(Debug, Clone, Copy)]
-enum Kind {
-    Rules,
-    Policies,
-    Ways,
-}
-
-#[derive(Debug, Default)]
-struct Ready {
-    rules: bool,
-    ways: bool,
-}
-
-/// Can one of these messages change a packet's way?
-///
-/// A route to `tunnel` that goes is none: either its peer went, which ends that peer's verdicts, or
-/// the agent puts it back, and whoever asked the stack meanwhile would be lost.
-fn is_way(
-    neighbours: &mut BTreeMap<(u32, Vec<u8>), Vec<u8>>,
-    tunnel: u32,
-    mut datagram: &[u8],
-) -> bool {
-    let mut concerns = false;
-    while !datagram.is_empty() {
-        let Ok(message) = NetlinkMessage::<RouteNetlinkMessage>::deserialize(datagram) else {
-            return true;
-        };
-        let length = (message.header.length as usize + 3) & !3;
-        concerns |= match message.payload {
-            NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelRoute(route))
-                if route.attributes.contains(&RouteAttribute::Oif(tunnel)) =>
-            {
-                false
-            }
-            NetlinkPayload::InnerMessage(
-                RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route),
-            ) => {
-                route.header.address_family == AddressFamily::Inet
-                    && route.header.table != TABLE_LOCAL
-            }
-            NetlinkPayload::InnerMessage(
-                RouteNetlinkMessage::NewRule(_) | RouteNetlinkMessage::DelRule(_),
-            ) => true,
-            NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewNeighbour(neighbour)) => {
-                has_moved(neighbours, &neighbour)
-            }
-            _ => false,
-        };
-        let Some(rest) = datagram.get(length.max(16)..) else {
-            break;
-        };
-        datagram = rest;
-    }
-    concerns
-}
-
-/// Has a neighbour another link address than before? New ones concern nobody's verdict.
-fn has_moved(
-    neighbours: &mut BTreeMap<(u32, Vec<u8>), Vec<u8>>,
-    message: &NeighbourMessage,
-) -> bool {
-    if message.header.family != AddressFamily::Inet {
-        return false;
-    }
-    let mut address = Vec::new();
-    let mut link = Vec::new();
-    for attribute in &message.attributes {
-        match attribute {
-            NeighbourAttribute::Destination(destination) => {
-                address = format!("{destination:?}").into_bytes();
-            }
-            NeighbourAttribute::LinkLayerAddress(bytes) => link.clone_from(bytes),
-            _ => {}
-        }
-    }
-    if address.is_empty() || link.is_empty() {
-        return false;
-    }
-    // A bound for hosts on networks with very many neighbours.
-    if neighbours.len() > 65_536 {
-        neighbours.clear();
-    }
-    neighbours
-        .insert((message.header.ifindex, address), link.clone())
-        .is_some_and(|before| before != link)
 }
 
 /// First netfilter queue that a process has bound: its number and the process.
