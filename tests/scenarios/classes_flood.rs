@@ -96,8 +96,14 @@ fn under_flood(kube: &Kube, answers: Answers) -> Result<Fared> {
 
     let per_second = repetitions(20_000, 100_000);
     let count = f64::from(per_second) * (seconds + 1.0);
-    let class_before = opened_by_class(a, &flooder, kube.server())?;
-    let all_before = [opened(a)?, opened(b)?];
+    let opened_now = || -> Result<(u64, [u64; 2])> {
+        if !is_by_class {
+            return Ok((0, [0; 2]));
+        }
+        let by_class = opened_by_class(a, &flooder, kube.server())?.context("no class")?;
+        Ok((by_class, [opened(a)?, opened(b)?]))
+    };
+    let (class_before, all_before) = opened_now()?;
     let begun = Instant::now();
     let flood = flooder.tool(&format!(
         "segments --from {}:0 --to {} --flags {SYN} --count {count:.0} --rate {per_second}",
@@ -114,9 +120,9 @@ fn under_flood(kube: &Kube, answers: Answers) -> Result<Fared> {
         flood.sent as f64 / flood.seconds
     );
     if is_by_class {
-        let class = opened_by_class(a, &flooder, kube.server())?.context("no class")?
-            - class_before.context("no class")?;
-        let all = [opened(a)? - all_before[0], opened(b)? - all_before[1]];
+        let (class, all) = opened_now()?;
+        let class = class - class_before;
+        let all = [all[0] - all_before[0], all[1] - all_before[1]];
         let state = own(a)?;
         println!("  {class} of the flood opened in {took:.1} s, {all:?} of all; {state:?}");
         let most = PER_SECOND * (took.ceil() as u64 + 1);
