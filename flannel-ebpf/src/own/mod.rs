@@ -106,6 +106,15 @@ pub const fn is_over(flow: &OwnFlow) -> bool {
     matches!(stage(flow), Stage::Closed | Stage::Reset)
 }
 
+/// Have the ends gone on with a connection that is older than this SYN, into which it does not
+/// belong? Nobody has answered it, and yet somebody has acknowledged.
+#[inline(always)]
+#[must_use]
+pub const fn is_older(flow: &OwnFlow) -> bool {
+    let either = flow.pod.sent | flow.peer.sent;
+    either & (END_ACK | END_SYN_ACK) == END_ACK
+}
+
 /// Is a SYN that goes this way the called end's, to a connection that lives? Both ends may open one
 /// at once; later it does not belong, and the other end says so. As with conntrack, it opens nothing.
 #[inline(always)]

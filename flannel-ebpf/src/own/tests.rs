@@ -153,6 +153,21 @@ fn only_the_clients_acknowledgement_settles() {
 }
 
 #[test]
+fn who_acknowledges_without_an_answer_goes_on_with_an_older_connection() {
+    for (packets, expected) in [
+        (&[][..], false),
+        // Refused.
+        (&[(In, RST | ACK, 0, 11)][..], false),
+        (&[(In, ACK, 99, 50)][..], true),
+        (&[(In, ACK, 99, 50), (Out, RST, 50, 0)][..], true),
+        (&[(Out, ACK, 50, 99)][..], true),
+        (&[ANSWER, ACKNOWLEDGED][..], false),
+    ] {
+        assert_eq!(is_older(&after(Out, packets)), expected, "{packets:?}");
+    }
+}
+
+#[test]
 fn a_syn_that_the_kernel_has_takes_the_tuple_or_calls_the_agent() {
     let open = [ANSWER, ACKNOWLEDGED];
     let closed = [&open[..], &[(Out, FIN_ACK, 11, 21), (In, FIN_ACK, 21, 12)]].concat();

@@ -81,7 +81,9 @@ pub struct AliveReport {
     pub silent: u32,
     /// Answers after being told, from all together.
     pub answers: u64,
-    /// The slowest of those in milliseconds.
+    /// Segments that the clients had to send again.
+    pub retransmitted: u32,
+    /// The slowest answer in milliseconds.
     pub slowest_ms: f64,
 }
 
@@ -140,7 +142,9 @@ pub fn client(args: &ClientArgs) -> Result<AliveReport> {
     }
     let mut report = AliveReport::default();
     for mut connection in connections {
-        match go_on(args, &mut connection, &mut report).and_then(|()| end(&mut connection)) {
+        let ended = go_on(args, &mut connection, &mut report).and_then(|()| end(&mut connection));
+        report.retransmitted += socket::retransmissions(&connection)?;
+        match ended {
             Ok(()) => report.alive += 1,
             Err(error) if is_timeout(&error) => report.silent += 1,
             Err(_) => report.reset += 1,
