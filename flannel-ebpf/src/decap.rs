@@ -268,9 +268,7 @@ pub fn deliver_whole<'a, F: Frame, T: Tables>(
         return Err(unfit(ip));
     }
     tables.remote(ip.src_addr).ok_or(Reason::InSourceUnknown)?;
-    let pod = tables
-        .local_pod(ip.dst_addr)
-        .ok_or(Reason::InNotLocalPod)?;
+    let pod = tables.local_pod(ip.dst_addr).ok_or(Reason::InNotLocalPod)?;
     if ip.ttl <= 1 {
         return Err(Reason::InTtl);
     }

@@ -112,12 +112,7 @@ fn denied_beside_an_allowed_one(kube: &Kube) -> Result<()> {
     for (what, node, rule, source) in [
         ("on its own node", a, &own_address, &denied),
         ("on the server's", b, &own_address, &denied),
-        (
-            "with the first pod's address",
-            a,
-            &own_port,
-            kube.client(),
-        ),
+        ("with the first pod's address", a, &own_port, kube.client()),
     ] {
         iptables(node, &format!("-I {rule}"))?;
         let load = busy(kube, kube.client())?;
@@ -125,7 +120,11 @@ fn denied_beside_an_allowed_one(kube: &Kube) -> Result<()> {
         let sent: SegmentsReport = syns(kube, &denied, source, count())?.result()?;
         still_hot(kube)?;
         let arrived = arrived(kube)? - before;
-        println!("{:?} denied {what}: {arrived} of {} SYNs arrived", kube.side(), sent.sent);
+        println!(
+            "{:?} denied {what}: {arrived} of {} SYNs arrived",
+            kube.side(),
+            sent.sent
+        );
         ensure!(
             arrived == 0 && sent.sent >= u64::from(count()) * 9 / 10,
             "{what}: {arrived} of {}\n{}",

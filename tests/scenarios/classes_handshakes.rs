@@ -202,7 +202,10 @@ fn happen_to(
     let mut rows = Vec::new();
     for (oddity, task) in oddities.iter().zip(tasks) {
         let report: AliveReport = task.finish()?;
-        let name = format!("{} after {age} s, {rest} s before the next word", oddity.name);
+        let name = format!(
+            "{} after {age} s, {rest} s before the next word",
+            oddity.name
+        );
         println!("{:?} {name}: {report:?}", kube.side());
         rows.push((name, report));
     }
@@ -383,7 +386,10 @@ fn lost_syns_and_answers_cost_what_they_cost_on_the_kernel_path() {
     let (netlink, classes) = (lose(Side::Netlink), lose(Side::Classes));
     for ((loss, wanted), found) in LOSSES.iter().zip(netlink).zip(classes) {
         // Chance decides whether one is lost twice or three times.
-        assert!(found <= wanted * 2.0 + 4.0, "{loss:?}: {found} s, {wanted} s");
+        assert!(
+            found <= wanted * 2.0 + 4.0,
+            "{loss:?}: {found} s, {wanted} s"
+        );
     }
 }
 
@@ -481,7 +487,11 @@ fn stray(kube: &Kube) -> Result<u64> {
         .nth(1)
         .context("no counter")?
         .parse()?;
-    println!("{:?}: {packets} of {} stray RSTs arrived", kube.side(), report.sent);
+    println!(
+        "{:?}: {packets} of {} stray RSTs arrived",
+        kube.side(),
+        report.sent
+    );
     drop(server);
     Ok(packets)
 }

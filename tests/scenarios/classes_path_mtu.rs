@@ -73,7 +73,16 @@ impl Server {
             pod.address()
         ))?;
         behind.wait_until_up("eth0")?;
-            behind.run(&["ping", "-n", "-q", "-c", "2", "-W", "2", &gateway.addr().to_string()])?;
+        behind.run(&[
+            "ping",
+            "-n",
+            "-q",
+            "-c",
+            "2",
+            "-W",
+            "2",
+            &gateway.addr().to_string(),
+        ])?;
         let address = std::net::SocketAddrV4::new(far, KEPT_PORT);
         Ok(Self {
             pod,
@@ -95,8 +104,10 @@ impl Server {
         }
         let router = lab.fabric().context("no router")?;
         for index in [1, 2] {
-            let words =
-                format!("ip route replace 172.18.{index}.0/24 dev port{} mtu lock {mtu}", index - 1);
+            let words = format!(
+                "ip route replace 172.18.{index}.0/24 dev port{} mtu lock {mtu}",
+                index - 1
+            );
             run(router, &words)?;
         }
         Ok(())
@@ -161,7 +172,10 @@ fn stand_still(side: Side, narrow: Narrow) -> Vec<f64> {
         }
         if side == Side::Classes {
             // One in a second asks the stack instead.
-            ensure!(young * 2 > u64::from(rounds), "only {young} of {rounds} were own");
+            ensure!(
+                young * 2 > u64::from(rounds),
+                "only {young} of {rounds} were own"
+            );
             let (whole, quoted) = (
                 b.status()?.packets("own_whole"),
                 a.status()?.packets("own_quoted"),

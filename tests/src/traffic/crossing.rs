@@ -73,7 +73,10 @@ pub fn cross(args: &CrossArgs) -> Result<CrossReport> {
             SockProtocol::Tcp,
         )?;
         setsockopt(&one, sockopt::ReuseAddr, &true)?;
-        bind(std::os::fd::AsRawFd::as_raw_fd(&one), &SockaddrIn::from(from))?;
+        bind(
+            std::os::fd::AsRawFd::as_raw_fd(&one),
+            &SockaddrIn::from(from),
+        )?;
         let begun = Instant::now();
         match connect(std::os::fd::AsRawFd::as_raw_fd(&one), &SockaddrIn::from(to)) {
             Ok(()) | Err(Errno::EINPROGRESS) => open.push((one, begun)),
