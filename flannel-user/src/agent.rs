@@ -212,7 +212,7 @@ async fn start(options: &Options, phase: &Phase) -> anyhow::Result<Started> {
     let mut netlink = NetlinkDatapath::open().context("open a netlink socket")?;
     // Listening starts before the first look at the kernel, so nothing falls in between.
     let own = netlink.port();
-    let events = kernel_events::listen(move |event| reconcile::is_relevant(event, own));
+    let events = kernel_events::listen(Some(own), reconcile::is_relevant);
     let events = events.context("listen for kernel events")?;
     let device = netlink.ensure_device(&spec).await?;
     info!(device = device.name, mac = %device.mac, mtu = device.mtu, created = device.created, "tunnel device");
@@ -279,13 +279,15 @@ async fn forward(
         conntrack_memory: options.control_socket.with_extension("conntrack"),
         ..options.ebpf.clone()
     };
-    let switch = Switch::new(
+    let mut switch = Switch::new(
         ebpf,
         options.datapath,
         options.control_socket.with_extension("mode"),
         setup.network,
     );
-    if !switch.wants_ebpf() {
+    if switch.wants_ebpf() {
+        switch.prepare();
+    } else {
         switch.clear();
     }
 

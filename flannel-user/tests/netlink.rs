@@ -1,108 +1,20 @@
 //! The kernel datapath against the real kernel, each test in a network namespace of its own.
 
 mod namespace;
+mod tunnel;
 
-use std::{
-    net::Ipv4Addr,
-    time::{Duration, Instant},
-};
+use std::time::Duration;
 
 use flannel_user::{
     datapath::{
         kernel_events::{KernelEvent, listen},
-        netlink::{Device, DeviceError, DeviceSpec, NetlinkDatapath, Pass, PassError},
+        netlink::{DeviceError, DeviceSpec, NetlinkDatapath, PassError},
     },
-    forwarding::{Changes, ForwardingTable, Via},
     mac::MacAddr,
 };
 use namespace::{in_new_namespace, lines, run};
-
-const NODE: Ipv4Addr = Ipv4Addr::new(192, 168, 50, 1);
-
-/// An uplink `eth0` with address [`NODE`] and the device to put above it.
-fn uplink(mtu: u32) -> DeviceSpec {
-    run(&format!(
-        "ip link add eth0 mtu {mtu} type veth peer name wire0"
-    ));
-    run("ip link set wire0 up");
-    run("ip addr add 192.168.50.1/24 dev eth0");
-    run("ip link set eth0 up");
-    DeviceSpec {
-        vni: 1,
-        port: None,
-        uplink_index: index_of("eth0"),
-        local: NODE,
-        mtu: mtu - 50,
-        gbp: false,
-        learning: false,
-        mac: None,
-        address: Some(Ipv4Addr::new(10, 244, 0, 0)),
-        network: "10.244.0.0/16".parse().expect("a network"),
-    }
-}
-
-fn index_of(name: &str) -> u32 {
-    let text = run(&format!("ip -o link show dev {name}"));
-    text.split(':')
-        .next()
-        .expect("an index")
-        .parse()
-        .expect("a number")
-}
-
-fn table(rows: &[(&str, &str, &str)]) -> ForwardingTable {
-    let via = |node: &str, mac: &str| Via::Vxlan {
-        node: node.parse().expect("an address"),
-        vtep_mac: mac.parse().expect("a MAC"),
-    };
-    ForwardingTable(
-        rows.iter()
-            .map(|(subnet, node, mac)| (subnet.parse().expect("a subnet"), via(node, mac)))
-            .collect(),
-    )
-}
-
-const PEERS: &[(&str, &str, &str)] = &[
-    ("10.244.1.0/24", "192.168.50.2", "02:11:22:33:44:55"),
-    ("10.244.2.0/24", "192.168.50.3", "02:11:22:33:44:66"),
-];
-
-async fn start(spec: &DeviceSpec) -> (NetlinkDatapath, Device) {
-    let mut datapath = NetlinkDatapath::open().expect("a socket");
-    let device = datapath.ensure_device(spec).await.expect("a device");
-    (datapath, device)
-}
-
-/// A pass without errors, and a second one that has nothing left to do.
-async fn settle(datapath: &mut NetlinkDatapath, table: &ForwardingTable) -> Pass {
-    let pass = datapath.reconcile(table).await;
-    assert!(pass.errors.is_empty(), "{:?}", pass.errors);
-    let again = datapath.reconcile(table).await;
-    assert!(again.is_quiet(), "the second pass is not quiet: {again:?}");
-    pass
-}
-
-fn assert_peers_are_programmed(rows: &[(&str, &str, &str)]) {
-    let expected = |text: &dyn Fn(&(&str, &str, &str)) -> String| {
-        lines(&rows.iter().map(|row| text(row) + "\n").collect::<String>())
-    };
-    let base = |subnet: &str| subnet.split('/').next().expect("a base").to_owned();
-    assert_eq!(
-        lines(&run("ip route show dev flannel.1")),
-        expected(&|(subnet, ..)| format!("{subnet} via {} onlink", base(subnet)))
-    );
-    assert_eq!(
-        lines(&run("ip neigh show dev flannel.1 nud permanent"))
-            .into_iter()
-            .filter(|line| !line.contains("NOARP"))
-            .collect::<Vec<_>>(),
-        expected(&|(subnet, _, mac)| format!("{} lladdr {mac} PERMANENT", base(subnet)))
-    );
-    assert_eq!(
-        lines(&run("bridge fdb show dev flannel.1")),
-        expected(&|(_, node, mac)| format!("{mac} dst {node} self permanent"))
-    );
-}
+use tokio::sync::mpsc::Receiver;
+use tunnel::{PEERS, assert_peers_are_programmed, index_of, news, settle, start, table, uplink};
 
 #[test]
 fn the_device_is_made_as_flannel_makes_it() {
@@ -518,11 +430,6 @@ fn peers_that_come_and_go_are_followed_without_a_look() {
     });
 }
 
-/// What makes the one table of the other.
-fn news(before: &[(&str, &str, &str)], after: &[(&str, &str, &str)]) -> Changes {
-    Changes::between(&table(before), &table(after))
-}
-
 #[test]
 fn a_strangers_route_to_a_peers_subnet_is_replaced() {
     in_new_namespace(|| async {
@@ -570,75 +477,6 @@ fn a_refused_peer_does_not_block_the_others() {
     });
 }
 
-/// Programming time per table size. The bound is wide: a shared machine and a debug build.
-#[test]
-fn ten_thousand_peers_take_about_a_second() {
-    in_new_namespace(|| async {
-        let (mut datapath, _) = start(&DeviceSpec {
-            address: Some(Ipv4Addr::new(9, 255, 0, 0)),
-            network: "8.0.0.0/6".parse().expect("a network"),
-            ..uplink(1500)
-        })
-        .await;
-        for peers in [1_000_u32, 10_000] {
-            let table = ForwardingTable(
-                (0..peers)
-                    .map(|number| {
-                        let base = Ipv4Addr::from(0x0a00_0000 + (number << 8));
-                        let [_, a, b, c] = number.to_be_bytes();
-                        let via = Via::Vxlan {
-                            node: Ipv4Addr::from(0xac10_0000 + number),
-                            vtep_mac: MacAddr([2, 0, 0, a, b, c]),
-                        };
-                        (ipnet::Ipv4Net::new(base, 24).expect("a prefix"), via)
-                    })
-                    .collect(),
-            );
-            settle(&mut datapath, &ForwardingTable::default()).await;
-            let begin = Instant::now();
-            let pass = datapath.reconcile(&table).await;
-            let install = begin.elapsed();
-            assert!(pass.errors.is_empty(), "{:?}", pass.errors.first());
-            assert_eq!(pass.installed, 3 * peers as usize);
-            let begin = Instant::now();
-            let quiet = datapath.reconcile(&table).await;
-            let check = begin.elapsed();
-            assert!(quiet.is_quiet());
-            let mut one_more = table.clone();
-            let via = Via::Vxlan {
-                node: Ipv4Addr::new(172, 31, 0, 1),
-                vtep_mac: MacAddr([2, 9, 9, 9, 9, 9]),
-            };
-            one_more
-                .0
-                .insert("11.0.0.0/24".parse().expect("a subnet"), via);
-            let begin = Instant::now();
-            let pass = datapath
-                .follow(&Changes::between(&table, &one_more))
-                .await
-                .expect("followed");
-            let follow = begin.elapsed();
-            assert_eq!(pass.installed, 3);
-            assert!(follow < check / 3, "{follow:?} against a look of {check:?}");
-            let back = Changes::between(&one_more, &table);
-            assert!(datapath.follow(&back).await.is_some());
-            run("ip link delete flannel.1");
-            let begin = Instant::now();
-            let pass = datapath.reconcile(&table).await;
-            let reprogram = begin.elapsed();
-            assert_eq!(pass.repaired, 3 * peers as usize + 1);
-            let begin = Instant::now();
-            let pass = datapath.reconcile(&ForwardingTable::default()).await;
-            let remove = begin.elapsed();
-            assert_eq!(pass.removed, 3 * peers as usize);
-            eprintln!(
-                "{peers} peers: install {install:?}, quiet pass {check:?}, one more {follow:?}, device deleted and all put back {reprogram:?}, remove {remove:?}"
-            );
-            assert!(install.as_secs() < 5, "{peers} peers took {install:?}");
-        }
-    });
-}
-
 #[test]
 fn the_events_of_a_pass_are_told_apart_from_others() {
     in_new_namespace(|| async {
@@ -648,21 +486,11 @@ fn the_events_of_a_pass_are_told_apart_from_others() {
             KernelEvent::Neighbours { index, .. } => *index == device.index,
             _ => false,
         };
-        let mut events = listen(on_device).expect("a listener");
-        let mut collect = async || {
-            let mut found = Vec::new();
-            while let Ok(Some(event)) =
-                tokio::time::timeout(Duration::from_millis(300), events.recv()).await
-            {
-                let fdb = matches!(event, KernelEvent::Neighbours { fdb: true, .. });
-                found.push((fdb, event.origin().expect("an origin").port));
-            }
-            found.sort_unstable();
-            found
-        };
+        let mut heard = listen(None, on_device).expect("a listener");
+        let own = datapath.port();
+        let mut deaf = listen(Some(own), on_device).expect("a listener");
 
         settle(&mut datapath, &table(PEERS)).await;
-        let own = datapath.port();
         let expected = [
             (false, own),
             (false, own),
@@ -671,15 +499,29 @@ fn the_events_of_a_pass_are_told_apart_from_others() {
             (true, 0),
             (true, 0),
         ];
-        assert_eq!(collect().await, expected);
+        assert_eq!(collect(&mut heard).await, expected);
+        assert_eq!(collect(&mut deaf).await, [(true, 0), (true, 0)]);
 
         run("ip route del 10.244.1.0/24");
         run("ip neigh del 10.244.1.0 dev flannel.1");
-        let strangers = collect().await;
+        let strangers = collect(&mut heard).await;
+        assert_eq!(collect(&mut deaf).await, strangers);
         assert!(!strangers.is_empty());
         assert!(
             strangers.iter().all(|(_, port)| *port != own),
             "{strangers:?}"
         );
     });
+}
+
+async fn collect(events: &mut Receiver<KernelEvent>) -> Vec<(bool, u32)> {
+    let mut found = Vec::new();
+    while let Ok(Some(event)) =
+        tokio::time::timeout(Duration::from_millis(300), events.recv()).await
+    {
+        let fdb = matches!(event, KernelEvent::Neighbours { fdb: true, .. });
+        found.push((fdb, event.origin().expect("an origin").port));
+    }
+    found.sort_unstable();
+    found
 }

@@ -182,7 +182,7 @@ async fn until(
 fn events_come_from_here_and_from_inside_pods() {
     in_new_namespace(|| async {
         bridge();
-        let mut events = listen(|_| true).expect("a listener");
+        let mut events = listen(None, |_| true).expect("a listener");
         let pod = pod("vetha", "10.244.1.5/24", "02:00:00:00:00:05");
         until(&mut events, |event| {
             matches!(event, KernelEvent::Links { origin, removed: false, .. } if origin.namespace.is_none())
@@ -239,9 +239,11 @@ fn events_come_from_here_and_from_inside_pods() {
 fn refused_events_wake_nobody_and_lost_ones_are_reported() {
     in_new_namespace(|| async {
         bridge();
-        let mut quiet =
-            listen(|event| !matches!(event, KernelEvent::Neighbours { .. })).expect("a listener");
-        let mut all = listen(|_| true).expect("a listener");
+        let mut quiet = listen(None, |event| {
+            !matches!(event, KernelEvent::Neighbours { .. })
+        })
+        .expect("a listener");
+        let mut all = listen(None, |_| true).expect("a listener");
         let noise: String = (0..60_000)
             .map(|number: u32| {
                 format!(

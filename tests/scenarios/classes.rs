@@ -258,7 +258,7 @@ fn rules_that_no_class_can_stand_for_switch_classes_off() {
 }
 
 #[test]
-fn classes_stay_off_unless_told() {
+fn classes_can_be_switched_off() {
     learned(|kube| {
         let (client, server) = kube.connections(
             Via::Pod,

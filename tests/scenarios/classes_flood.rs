@@ -95,7 +95,6 @@ fn under_flood(kube: &Kube, answers: Answers) -> Result<Fared> {
     let before = rate(&other, Duration::from_secs_f64(seconds))?;
 
     let per_second = repetitions(20_000, 100_000);
-    let count = f64::from(per_second) * (seconds + 1.0);
     let opened_now = || -> Result<(u64, [u64; 2])> {
         if !is_by_class {
             return Ok((0, [0; 2]));
@@ -106,9 +105,10 @@ fn under_flood(kube: &Kube, answers: Answers) -> Result<Fared> {
     let (class_before, all_before) = opened_now()?;
     let begun = Instant::now();
     let flood = flooder.tool(&format!(
-        "segments --from {}:0 --to {} --flags {SYN} --count {count:.0} --rate {per_second}",
+        "segments --from {}:0 --to {} --flags {SYN} --count 1000000000 --seconds {} --rate {per_second}",
         flooder.address(),
-        kube.server().at(CONNECTIONS_PORT)
+        kube.server().at(CONNECTIONS_PORT),
+        seconds + 1.0
     ))?;
     pause(0.5);
     let under = rate(&other, Duration::from_secs_f64(seconds))?;

@@ -10,7 +10,8 @@ use flannel_user::observe::status::{
 };
 use lab::{
     agent::Agent,
-    conntrack::{self, Census, check_alike},
+    closing::{Left, forget_resets_after, in_every_orderly_way},
+    conntrack::Census,
     kube::{CONNECTIONS_PORT, Kube, SERVICE, Side, Via, on, pause},
     node::Node,
     pod::Pod,
@@ -27,44 +28,17 @@ fn own(node: &Node) -> Result<flannel_user::datapath::ebpf::OwnState> {
     own.ok_or_else(|| anyhow::anyhow!("{} has no own connections", node.name()))
 }
 
-/// What is left when all connections are over.
-#[derive(Debug)]
-struct Left {
-    troubles: u64,
-    entries: [Census; 2],
-    sockets: [Census; 2],
-}
-
 /// Seconds that an entry stays after a reset.
 const AFTER_RESET: u32 = 2;
 
 /// Connections that end in every way.
 fn close_in_every_way(kube: &Kube, via: Via) -> Result<Left> {
     let (a, b) = kube.cluster.nodes();
-    for node in [a, b] {
-        let key = "net.netfilter.nf_conntrack_tcp_timeout_close";
-        node.namespace().sysctl(key, &AFTER_RESET.to_string())?;
-    }
+    forget_resets_after(kube, AFTER_RESET)?;
     let count = u64::from(repetitions(600, 10_000));
     let arguments = format!("--count {count} --at-once 16 --exchanges 4 --size 512");
-    let mut troubles = 0;
-    for ending in Ending::ORDERLY {
-        let (client, server) = kube.connections(via, ending, &arguments)?;
-        println!(
-            "{:?} {via:?} {ending:?}: {:.0}/s, client {} as meant, {} not; server {}, {}",
-            kube.side(),
-            client.established as f64 / client.seconds,
-            client.ended,
-            client.troubles(),
-            server.ended,
-            server.troubles()
-        );
-        ensure!(
-            client.corrupt + server.corrupt == 0,
-            "{client:?} {server:?}"
-        );
-        troubles += client.troubles() + server.troubles();
-    }
+    let what = format!("{:?} {via:?}", kube.side());
+    let troubles = in_every_orderly_way(&what, |ending| kube.connections(via, ending, &arguments))?;
     if kube.side() == Side::Direct {
         let opened = b.status()?.packets("own_opened");
         ensure!(
@@ -79,24 +53,11 @@ fn close_in_every_way(kube: &Kube, via: Via) -> Result<Left> {
         println!("{:?}\n{:?}", own(a)?, own(b)?);
     }
     pause(f64::from(AFTER_RESET) + 1.0);
-    let (client, server) = (kube.client().namespace(), kube.server().namespace());
-    Ok(Left {
-        troubles,
-        entries: [
-            conntrack::census(a.namespace())?,
-            conntrack::census(b.namespace())?,
-        ],
-        sockets: [conntrack::sockets(client)?, conntrack::sockets(server)?],
-    })
+    Left::now(kube, troubles)
 }
 
 fn check(reference: &Left, found: &Left) -> Result<()> {
-    ensure!(
-        found.troubles <= reference.troubles,
-        "{} connections did not go as meant, {} on the kernel path",
-        found.troubles,
-        reference.troubles
-    );
+    found.check_pods(reference)?;
     for index in 0..2 {
         let live = |census: &Census| {
             let rows = census.iter().filter(|(kind, _)| {
@@ -110,16 +71,6 @@ fn check(reference: &Left, found: &Left) -> Result<()> {
             found.entries[index],
             reference.entries[index]
         );
-        let without_time_wait = |census: &Census| -> Census {
-            let rows = census.iter().filter(|(kind, _)| *kind != "TIME_WAIT");
-            rows.map(|(kind, count)| (kind.clone(), *count)).collect()
-        };
-        check_alike(
-            "sockets",
-            &without_time_wait(&reference.sockets[index]),
-            &without_time_wait(&found.sockets[index]),
-            2,
-        )?;
     }
     Ok(())
 }

@@ -22,10 +22,11 @@ use lab::{
 /// How long a repair may take.
 const LIMIT: Duration = Duration::from_secs(1);
 
-/// Damage that is a new way for packets.
-const MISROUTED: [&str; 2] = [
+/// Damage that is a new way for packets, or many at once: the first that come back are new ways.
+const MISROUTED: [&str; 3] = [
     "the peer's route is replaced by nonsense",
     "the peer's neighbour entry gets another MAC",
+    "every next hop object is deleted",
 ];
 
 struct Damage {
@@ -37,7 +38,7 @@ struct Damage {
 /// What the damages refer to.
 struct Peer {
     subnet: String,
-    base: String,
+    base: Ipv4Addr,
     mac: String,
     own_address: Ipv4Addr,
 }
@@ -108,6 +109,38 @@ const DAMAGES: &[Damage] = &[
     },
 ];
 
+/// What concerns next hop objects, which many peers have.
+const DAMAGES_OF_MANY: &[Damage] = &[
+    Damage {
+        what: "the peer's next hop object is deleted",
+        program: "ip",
+        arguments: |peer| format!("nexthop del id {}", u32::from(peer.base)),
+    },
+    Damage {
+        what: MISROUTED[2],
+        program: "ip",
+        arguments: |_| "nexthop flush".to_owned(),
+    },
+    Damage {
+        what: "the peer's route is deleted",
+        program: "ip",
+        arguments: |peer| format!("route del {}", peer.subnet),
+    },
+    Damage {
+        what: "the tunnel device is set down",
+        program: "ip",
+        arguments: |_| format!("link set {TUNNEL} down"),
+    },
+    Damage {
+        what: "the tunnel device is deleted",
+        program: "ip",
+        arguments: |_| format!("link del {TUNNEL}"),
+    },
+];
+
+/// Leases of nodes that are not there: with them routes go through next hop objects.
+const MANY: u32 = 1100;
+
 #[test]
 fn netlink_mode_is_back_within_a_second() {
     every_damage_is_repaired(Netlink);
@@ -116,6 +149,55 @@ fn netlink_mode_is_back_within_a_second() {
 #[test]
 fn ebpf_mode_loses_nothing() {
     every_damage_is_repaired(Ebpf);
+}
+
+#[test]
+fn netlink_mode_with_many_peers_is_back_within_a_second() {
+    every_damage_of_many_peers_is_repaired(Netlink);
+}
+
+#[test]
+fn ebpf_mode_with_many_peers_loses_nothing() {
+    every_damage_of_many_peers_is_repaired(Ebpf);
+}
+
+fn every_damage_of_many_peers_is_repaired(mode: Mode) {
+    scenario(2, |lab| {
+        let mut cluster = Cluster::start(lab, &[mode])?;
+        let subnet = lab[1].subnet()?;
+        let subnets = lab.lease_dir().join("subnets");
+        let route = format!("route show {subnet}");
+        let namespace = lab[0].namespace();
+        ensure!(!namespace.ip(&route)?.contains("nhid"), "few peers");
+        for number in 0..MANY {
+            let [_, _, high, low] = number.to_be_bytes();
+            std::fs::write(
+                subnets.join(format!("10.{}.{low}.0-24", 128 + high)),
+                format!(
+                    r#"{{"PublicIP":"172.20.{high}.{low}","PublicIPv6":null,"BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"02:00:00:01:{high:02x}:{low:02x}"}}}}"#
+                ),
+            )?;
+        }
+        for agent in &mut cluster.agents {
+            agent.wait_for_peers(MANY as usize + 1)?;
+        }
+        ensure!(
+            !namespace.ip(&route)?.contains("nhid"),
+            "it was there before"
+        );
+        namespace.ip(&format!("link del {TUNNEL}"))?;
+        wait::until_true("every route has an object", Duration::from_secs(5), || {
+            // The device may not be there yet.
+            let routes = namespace.ip("route show").unwrap_or_default();
+            Ok(routes.matches(" nhid ").count() == MANY as usize + 1)
+        })?;
+        let through = format!("nhid {} ", u32::from(subnet.network()));
+        ensure!(namespace.ip(&route)?.contains(&through));
+        for damage in DAMAGES_OF_MANY {
+            repaired(&cluster, mode, damage).with_context(|| damage.what)?;
+        }
+        Ok(())
+    });
 }
 
 fn every_damage_is_repaired(mode: Mode) {
@@ -134,7 +216,7 @@ fn repaired(cluster: &Cluster, mode: Mode, damage: &Damage) -> Result<()> {
     let picture = picture(a)?;
     let peer = Peer {
         subnet: b.subnet()?.to_string(),
-        base: b.subnet()?.network().to_string(),
+        base: b.subnet()?.network(),
         mac: b.mac(TUNNEL)?.to_string(),
         own_address: a.subnet()?.network(),
     };
@@ -199,11 +281,12 @@ fn picture(node: &Node) -> Result<String> {
     let link = namespace.ip(&format!("-d link show {TUNNEL}"))?;
     let link = link.split_once(": ").map_or("", |(_, rest)| rest);
     Ok(format!(
-        "{link}{}\n{}\n{}\n{}",
+        "{link}{}\n{}\n{}\n{}\n{}",
         sorted(namespace.ip(&format!("-o -4 addr show dev {TUNNEL} scope global"))?)
             .split_once(": ")
             .map_or("", |(_, rest)| rest),
         sorted(namespace.ip("route show table main")?),
+        sorted(namespace.ip("nexthop show")?),
         sorted(namespace.ip(&format!("neigh show dev {TUNNEL} nud permanent"))?),
         sorted(namespace.bridge(&format!("fdb show dev {TUNNEL}"))?),
     ))

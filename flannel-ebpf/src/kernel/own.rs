@@ -148,11 +148,7 @@ fn admit(
             return Err(Own::Stranger);
         }
         if !before && own::is_settled(flow) && opening::needs_class(node) {
-            let opener = if flow.opener == Way::Out as u8 {
-                Way::Out
-            } else {
-                Way::In
-            };
+            let opener = own::opener(flow.opener);
             if let Some(class) = maps::class(&opening::class(key, opener)) {
                 // SAFETY: a map's value; a lost count is found again.
                 unsafe { class::settles(&mut *class) };

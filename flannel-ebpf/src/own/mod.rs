@@ -71,6 +71,17 @@ pub fn opened(way: Way, generation: u32, now: u32) -> OwnFlow {
     }
 }
 
+/// Which way the SYN went, as an entry or a class notes it.
+#[inline(always)]
+#[must_use]
+pub const fn opener(noted: u8) -> Way {
+    if noted == Way::Out as u8 {
+        Way::Out
+    } else {
+        Way::In
+    }
+}
+
 /// How far it is.
 #[inline(always)]
 #[must_use]

@@ -1,4 +1,4 @@
-//! Kernel link, address, route, neighbour and FDB changes as wake-ups.
+//! Kernel link, address, route, next hop object, neighbour and FDB changes as wake-ups.
 //!
 //! The listener hears its own network namespace and every namespace that has an id in it, which
 //! the other end of each pod's veth has: a pod that gets its address late wakes us too.
@@ -10,7 +10,7 @@ use std::{io, mem, os::fd::AsRawFd, time::Duration};
 use netlink_packet_core::NlasIterator;
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use tokio::{io::unix::AsyncFd, sync::mpsc, time::Instant};
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::netlink::rtnl::NetlinkFd;
 
@@ -23,17 +23,24 @@ const QUEUE: usize = 4096;
 /// Longest time [`next_batch`] lets more events arrive.
 const LONGEST_BATCH: Duration = Duration::from_millis(20);
 
-const GROUPS: [u32; 5] = [
-    1, // RTNLGRP_LINK
-    3, // RTNLGRP_NEIGH, FDB included
-    4, // RTNLGRP_TC
-    5, // RTNLGRP_IPV4_IFADDR
-    7, // RTNLGRP_IPV4_ROUTE
-];
+const GROUP_LINKS: u32 = 1;
+/// FDB included.
+const GROUP_NEIGHBOURS: u32 = 3;
+const GROUP_TC: u32 = 4;
+const GROUP_IPV4_ADDRESSES: u32 = 5;
+const GROUP_IPV4_ROUTES: u32 = 7;
+/// RTNLGRP_NEXTHOP, which kernels before Linux 5.3 do not have.
+const GROUP_NEXT_HOPS: u32 = 32;
 const NETLINK_LISTEN_ALL_NSID: libc::c_int = 8;
 const NLMSG_HEADER: usize = 16;
+/// Of the port in a message's header.
+const PORT_OFFSET: u32 = 12;
+const RTM_NEWNEXTHOP: u16 = 104;
+const RTM_DELNEXTHOP: u16 = 105;
 const RTA_OIF: u16 = 4;
+const NHA_OIF: u16 = 5;
 const ROUTE_HEADER: usize = 12;
+const NEXT_HOP_HEADER: usize = 8;
 
 /// Where an event comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,6 +85,13 @@ pub enum KernelEvent {
         /// It went.
         removed: bool,
     },
+    /// A next hop object appeared, changed or went; routes through it go with it and are not told.
+    NextHops {
+        /// Where.
+        origin: Origin,
+        /// Interface index of the next hop, if it has one.
+        index: Option<u32>,
+    },
     /// A neighbour or FDB entry appeared, changed or went.
     Neighbours {
         /// Where.
@@ -108,6 +122,7 @@ impl KernelEvent {
             Self::Links { origin, .. }
             | Self::Addresses { origin, .. }
             | Self::Routes { origin, .. }
+            | Self::NextHops { origin, .. }
             | Self::Neighbours { origin, .. }
             | Self::Queueing { origin, .. } => Some(*origin),
             Self::Overrun => None,
@@ -115,31 +130,109 @@ impl KernelEvent {
     }
 }
 
-/// Starts listening in the network namespace of the calling thread. Events that `relevant`
-/// refuses are dropped before they wake anybody; an overrun is never asked about. Listening ends
-/// when the receiver is dropped.
+/// Starts listening in the network namespace of the calling thread. What the socket of port
+/// `except` causes is not heard at all: ten thousand peers are thirty thousand events. Other
+/// events that `relevant` refuses are dropped before they wake anybody; an overrun is never asked
+/// about. Listening ends when the receiver is dropped.
 ///
 /// # Errors
 /// The socket's. Must be called within a tokio runtime.
 pub fn listen(
+    except: Option<u32>,
     relevant: impl Fn(&KernelEvent) -> bool + Send + Sync + 'static,
 ) -> io::Result<mpsc::Receiver<KernelEvent>> {
-    let mut socket = Socket::new(NETLINK_ROUTE)?;
-    socket.set_non_blocking(true)?;
+    let socket = Socket::new(NETLINK_ROUTE)?;
     if let Err(error) = socket.set_listen_all_namespaces(true) {
         // Needs CAP_NET_BROADCAST. Without it a change inside a pod is seen by the slow check.
         warn!(%error, "changes inside pods are noticed late: CAP_NET_BROADCAST is missing");
     }
+    if let Some(port) = except {
+        deafen(&socket, port)?;
+    }
+    let groups = [
+        GROUP_LINKS,
+        GROUP_NEIGHBOURS,
+        GROUP_TC,
+        GROUP_IPV4_ADDRESSES,
+        GROUP_IPV4_ROUTES,
+    ];
+    let socket = join(socket, &groups)?;
+    if let Err(error) = socket.0.add_membership(GROUP_NEXT_HOPS) {
+        debug!(%error, "the kernel has no next hop objects");
+    }
+    spawn(socket, relevant)
+}
+
+/// The same for links and addresses of this network namespace alone.
+///
+/// # Errors
+/// As [`listen`].
+pub fn listen_to_links(
+    relevant: impl Fn(&KernelEvent) -> bool + Send + Sync + 'static,
+) -> io::Result<mpsc::Receiver<KernelEvent>> {
+    let groups = [GROUP_LINKS, GROUP_IPV4_ADDRESSES];
+    spawn(join(Socket::new(NETLINK_ROUTE)?, &groups)?, relevant)
+}
+
+fn join(mut socket: Socket, groups: &[u32]) -> io::Result<NetlinkFd> {
+    socket.set_non_blocking(true)?;
     socket.bind(&SocketAddr::new(0, 0))?;
     let socket = NetlinkFd(socket);
     socket.receive_buffer(RECEIVE_BUFFER)?;
-    for group in GROUPS {
-        socket.0.add_membership(group)?;
+    for group in groups {
+        socket.0.add_membership(*group)?;
     }
-    let socket = socket.register()?;
+    Ok(socket)
+}
+
+fn spawn(
+    socket: NetlinkFd,
+    relevant: impl Fn(&KernelEvent) -> bool + Send + Sync + 'static,
+) -> io::Result<mpsc::Receiver<KernelEvent>> {
     let (sender, receiver) = mpsc::channel(QUEUE);
-    tokio::spawn(forward(socket, relevant, sender));
+    tokio::spawn(forward(socket.register()?, relevant, sender));
     Ok(receiver)
+}
+
+/// Has the kernel drop what the socket of `port` causes before it is queued here.
+fn deafen(socket: &Socket, port: u32) -> io::Result<()> {
+    let step = |code: u32, if_true: u8, if_false: u8, operand: u32| libc::sock_filter {
+        code: code as u16,
+        jt: if_true,
+        jf: if_false,
+        k: operand,
+    };
+    // The port is in the message's header as this machine writes it; loads take network order.
+    let port = u32::from_be_bytes(port.to_ne_bytes());
+    let mut program = [
+        step(
+            libc::BPF_LD | libc::BPF_W | libc::BPF_ABS,
+            0,
+            0,
+            PORT_OFFSET,
+        ),
+        step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, port),
+        step(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
+        step(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX),
+    ];
+    let filter = libc::sock_fprog {
+        len: program.len() as u16,
+        filter: program.as_mut_ptr(),
+    };
+    // SAFETY: the kernel reads the program behind `filter`, which lives longer than the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const filter).cast(),
+            size_of_val(&filter) as libc::socklen_t,
+        )
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// The next event and everything that follows within 20 ms, or sooner once the kernel is
@@ -255,7 +348,7 @@ fn event(message: &[u8], namespace: Option<i32>) -> Option<KernelEvent> {
     let kind = u16::from_ne_bytes(message.get(4..6)?.try_into().ok()?);
     let origin = Origin {
         namespace,
-        port: number(message, 12)?,
+        port: number(message, PORT_OFFSET as usize)?,
     };
     let body = &message[NLMSG_HEADER..];
     let family = i32::from(*body.first()?);
@@ -279,9 +372,13 @@ fn event(message: &[u8], namespace: Option<i32>) -> Option<KernelEvent> {
         },
         libc::RTM_NEWROUTE | libc::RTM_DELROUTE => KernelEvent::Routes {
             origin,
-            index: out_interface(body.get(ROUTE_HEADER..)?),
+            index: out_interface(body.get(ROUTE_HEADER..)?, RTA_OIF),
             table: *body.get(4)?,
             removed: kind == libc::RTM_DELROUTE,
+        },
+        RTM_NEWNEXTHOP | RTM_DELNEXTHOP => KernelEvent::NextHops {
+            origin,
+            index: out_interface(body.get(NEXT_HOP_HEADER..)?, NHA_OIF),
         },
         libc::RTM_NEWQDISC | libc::RTM_DELQDISC | libc::RTM_NEWTFILTER | libc::RTM_DELTFILTER => {
             KernelEvent::Queueing {
@@ -304,10 +401,10 @@ fn number(bytes: &[u8], offset: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes))
 }
 
-fn out_interface(attributes: &[u8]) -> Option<u32> {
+fn out_interface(attributes: &[u8], kind: u16) -> Option<u32> {
     NlasIterator::new(attributes)
         .flatten()
-        .find(|attribute| attribute.kind() == RTA_OIF)
+        .find(|attribute| attribute.kind() == kind)
         .and_then(|attribute| number(attribute.value(), 0))
 }
 
@@ -332,11 +429,15 @@ mod tests {
         let route = [
             2, 24, 0, 0, 254, 3, 0, 1, 4, 0, 0, 0, 8, 0, 4, 0, 6, 0, 0, 0,
         ];
+        let next_hop = [
+            2, 0, 241, 0, 4, 0, 0, 0, 8, 0, 1, 0, 1, 2, 3, 4, 8, 0, 5, 0, 6, 0, 0, 0,
+        ];
         let datagram = [
             message(libc::RTM_DELLINK, &link),
             message(libc::RTM_NEWRULE, &[2; 12]),
             message(libc::RTM_NEWNEIGH, &fdb),
             message(libc::RTM_DELROUTE, &route),
+            message(RTM_DELNEXTHOP, &next_hop),
         ]
         .concat();
         let origin = Origin {
@@ -364,10 +465,14 @@ mod tests {
                     table: 254,
                     removed: true
                 },
+                KernelEvent::NextHops {
+                    origin,
+                    index: Some(6)
+                },
             ]
         );
         for cut in 0..datagram.len() {
-            assert!(events(&datagram[..cut], None).count() <= 3);
+            assert!(events(&datagram[..cut], None).count() <= 4);
         }
     }
 

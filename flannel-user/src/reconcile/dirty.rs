@@ -54,6 +54,11 @@ pub(super) fn concerns(event: &KernelEvent, device: u32, own: u32) -> Dirty {
             ..Dirty::ALL
         },
         KernelEvent::Routes { .. } if here => Dirty::ALL,
+        KernelEvent::NextHops { index, .. } if here => Dirty {
+            kernel: index == Some(device),
+            next_hops: index != Some(device),
+            ..Dirty::default()
+        },
         // Our own filters come with their interface; others must not be passed by.
         KernelEvent::Queueing { .. } if here => Dirty {
             pods: true,
@@ -67,14 +72,13 @@ pub(super) fn concerns(event: &KernelEvent, device: u32, own: u32) -> Dirty {
     }
 }
 
-/// Is this event worth waking the loop at all? Neighbours elsewhere come and go all the time,
-/// and ten thousand peers are thirty thousand events of our own, by the socket of port `own`.
+/// Is this event worth waking the loop at all? Neighbours elsewhere come and go all the time.
 #[must_use]
-pub fn is_relevant(event: &KernelEvent, own: u32) -> bool {
+pub fn is_relevant(event: &KernelEvent) -> bool {
     match event {
-        _ if event.origin().is_some_and(|origin| origin.port == own) => false,
         KernelEvent::Neighbours { origin, .. }
         | KernelEvent::Routes { origin, .. }
+        | KernelEvent::NextHops { origin, .. }
         | KernelEvent::Queueing { origin, .. } => origin.namespace.is_none(),
         _ => true,
     }
@@ -154,6 +158,23 @@ mod tests {
                 Dirty::default(),
             ),
             (
+                KernelEvent::NextHops {
+                    origin: HERE,
+                    index: Some(DEVICE),
+                },
+                kernel,
+            ),
+            (
+                KernelEvent::NextHops {
+                    origin: HERE,
+                    index: None,
+                },
+                Dirty {
+                    next_hops: true,
+                    ..Dirty::default()
+                },
+            ),
+            (
                 KernelEvent::Neighbours {
                     origin: HERE,
                     index: DEVICE,
@@ -190,6 +211,5 @@ mod tests {
             removed: false,
         };
         assert_eq!(concerns(&event, DEVICE, OWN), Dirty::default());
-        assert!(!is_relevant(&event, OWN) && is_relevant(&event, OWN + 1));
     }
 }

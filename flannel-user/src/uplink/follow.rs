@@ -95,8 +95,9 @@ pub async fn keep(choice: UplinkChoice, state: watch::Sender<Followed>) -> std::
     // Listening comes before the first look, so nothing falls in between.
     let interesting = Arc::new(AtomicU32::new(ANY));
     let filter = Arc::clone(&interesting);
-    let mut events =
-        kernel_events::listen(move |event| concerns(event, filter.load(Ordering::Relaxed)))?;
+    let mut events = kernel_events::listen_to_links(move |event| {
+        concerns(event, filter.load(Ordering::Relaxed))
+    })?;
     let (connection, handle, _) = rtnetlink::new_connection()?;
     tokio::spawn(connection);
     let mut last_unread = None;

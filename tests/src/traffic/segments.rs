@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    raw_udp::{checksum, raw_socket},
+    raw_udp::{raw_socket, transport_checksum},
     ready,
 };
 
@@ -66,6 +66,9 @@ pub struct SegmentsArgs {
     /// Without such a list: how many, from one port after the other.
     #[arg(long, default_value_t = 1000)]
     count: u64,
+    /// End after so many seconds, even if some are left.
+    #[arg(long, default_value_t = f64::MAX)]
+    seconds: f64,
     /// How many a second.
     #[arg(long, default_value_t = 1000.0)]
     rate: f64,
@@ -98,7 +101,7 @@ pub fn send(args: &SegmentsArgs) -> Result<SegmentsReport> {
         seconds: 0.0,
     };
     let mut index = 0;
-    while index < count {
+    while index < count && start.elapsed().as_secs_f64() < args.seconds {
         let due = start + Duration::from_secs_f64(index as f64 / args.rate);
         thread::sleep(due.saturating_duration_since(Instant::now()));
         // Whoever comes late has more to send at once.
@@ -187,8 +190,8 @@ fn segment(args: &SegmentsArgs, place: Place) -> [u8; LENGTH] {
     tcp[12] = 5 << 4;
     tcp[13] = args.flags;
     tcp[14..16].copy_from_slice(&1024_u16.to_be_bytes());
-    let checksum = checksum(TCP.into(), (*args.from.ip(), *args.to.ip()), tcp);
-    tcp[16..18].copy_from_slice(&checksum.to_be_bytes());
+    let checksum = transport_checksum(TCP, (*args.from.ip(), *args.to.ip()), tcp);
+    tcp[16..18].copy_from_slice(&checksum);
     bytes
 }
 
@@ -205,13 +208,14 @@ mod tests {
             ack: 0,
             each: vec!["40000:7".parse().expect("a place")],
             count: 0,
+            seconds: f64::MAX,
             rate: 1.0,
         };
         let bytes = segment(&args, place(&args, 0));
         assert_eq!(bytes[20..24], [0x9c, 0x40, 0, 80]);
         assert_eq!(bytes[24..28], [0, 0, 0, 7]);
         let ends = (*args.from.ip(), *args.to.ip());
-        assert_eq!(checksum(TCP.into(), ends, &bytes[20..]), 0);
+        assert_eq!(transport_checksum(TCP, ends, &bytes[20..]), [0; 2]);
         // Without a list, one port after the other.
         let flood = SegmentsArgs {
             each: Vec::new(),

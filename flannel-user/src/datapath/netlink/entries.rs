@@ -7,13 +7,22 @@
 //! 10.244.1.0/24 via 10.244.1.0 dev flannel.1 onlink          route: subnet through its base
 //! ```
 //!
+//! With very many peers a route names its next hop by an object (see [`Form`]):
+//!
+//! ```text
+//! id 183763200 via 10.244.1.0 dev flannel.1 proto 241 onlink               next hop object
+//! 10.244.1.0/24 nhid 183763200 via 10.244.1.0 dev flannel.1 onlink         route through it
+//! ```
+//!
 //! Order: FDB and neighbour before the route, because the kernel would ask for the neighbour at
 //! once; and the FDB entry before the neighbour, so that a peer which changes its MAC loses no
-//! packet. What is not needed any more goes last, its route first.
+//! packet. What is not needed any more goes last, its route first: the kernel takes every route
+//! away whose object goes.
 //!
 //! Ours, and therefore removed when no peer needs it, is on the tunnel device and of exactly this
-//! form: routes of protocol boot through their own base, permanent neighbours, permanent
-//! unicast FDB entries. Everything else there belongs to somebody else.
+//! form: routes of protocol boot through their own base, next hop objects of our protocol under
+//! the id of their gateway, permanent neighbours, permanent unicast FDB entries. Everything else
+//! there belongs to somebody else.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,13 +31,42 @@ use std::{
 
 use ipnet::Ipv4Net;
 
+use super::plan::Plan;
 use crate::{
-    forwarding::{Changes, ForwardingTable, Via},
+    forwarding::{ForwardingTable, Via},
     mac::MacAddr,
 };
 
-/// The entries of any number of peers. A route is told by its subnet alone: gateway
-/// (the base), device and flags follow from it.
+/// With more peers than these, routes that are not there yet go through objects. At this number
+/// a plain route costs the kernel some 30 µs more than the first one did.
+const MANY_PEERS: usize = 1024;
+
+/// How a route names its next hop. Packets cannot tell; both are ours, and what is there stays.
+///
+/// Plain is what flannel makes. But the kernel's hash of next hops leaves the gateway out, so
+/// all plain routes lie in one chain, and each new one walks it to its end. Routes through
+/// objects are hashed by the object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// Gateway and device stand in the route.
+    Plain,
+    /// They stand in a next hop object of ours.
+    Object,
+}
+
+impl Form {
+    /// How a new route is made where there are `peers` in all.
+    pub(super) fn of_new_route(peers: usize, kernel_has_objects: bool) -> Self {
+        if kernel_has_objects && peers > MANY_PEERS {
+            Self::Object
+        } else {
+            Self::Plain
+        }
+    }
+}
+
+/// The entries of any number of peers. A route is told by its subnet and form: gateway
+/// (the base), device and flags follow from it, and so does its next hop object.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Entries {
     /// Tunnel MAC → node.
@@ -36,7 +74,7 @@ pub struct Entries {
     /// Subnet base → tunnel MAC.
     pub neighbours: BTreeMap<Ipv4Addr, MacAddr>,
     /// Subnets.
-    pub routes: BTreeSet<Ipv4Net>,
+    pub routes: BTreeMap<Ipv4Net, Form>,
 }
 
 /// Two peers want the same entry with different values.
@@ -68,7 +106,8 @@ pub enum Conflict {
 }
 
 impl Entries {
-    /// What `table` needs. Of peers in conflict the first in table order is kept.
+    /// What `table` needs, with plain routes. Of peers in conflict the first in table order is
+    /// kept.
     #[must_use]
     pub fn wanted(table: &ForwardingTable) -> (Self, Vec<Conflict>) {
         let mut wanted = Self::default();
@@ -90,28 +129,52 @@ impl Entries {
             } else {
                 wanted.fdb.insert(vtep_mac, node);
                 wanted.neighbours.insert(base, vtep_mac);
-                wanted.routes.insert(subnet);
+                wanted.routes.insert(subnet, Form::Plain);
             }
         }
         (wanted, conflicts)
     }
 
-    /// Base, MAC and node of the peer behind `subnet`, if it shares none of its entries.
-    fn sole_peer(&self, subnet: &Ipv4Net) -> Option<(Ipv4Addr, MacAddr, Ipv4Addr)> {
+    /// Leaves every route as it is; those that are missing become what suits the number of peers.
+    pub(super) fn choose_forms(&mut self, actual: &Actual) {
+        let new = Form::of_new_route(self.routes.len(), actual.next_hops.is_some());
+        for (subnet, form) in &mut self.routes {
+            let first = actual.routes.get(subnet).and_then(|found| found.first());
+            *form = first.and_then(|route| route.ours).unwrap_or(new);
+        }
+    }
+
+    /// Base, MAC, node and form of the peer behind `subnet`, if it shares none of its entries.
+    pub(super) fn sole_peer(&self, subnet: &Ipv4Net) -> Option<SolePeer> {
+        let form = *self.routes.get(subnet)?;
         let base = subnet.network();
-        let of_base = Ipv4Net::new(base, 0).ok()?..=Ipv4Net::new(base, 32).ok()?;
         let mac = *self.neighbours.get(&base)?;
         let node = *self.fdb.get(&mac)?;
         let users = self.neighbours.values().filter(|other| **other == mac);
-        let is_sole = self.routes.contains(subnet)
-            && self.routes.range(of_base).count() == 1
-            && users.count() == 1;
-        is_sole.then_some((base, mac, node))
+        let is_sole = self.routes_through(base).count() == 1 && users.count() == 1;
+        is_sole.then_some(SolePeer {
+            base,
+            mac,
+            node,
+            form,
+        })
+    }
+
+    /// The forms of all routes through `base`.
+    fn routes_through(&self, base: Ipv4Addr) -> impl Iterator<Item = Form> {
+        let shortest = Ipv4Net::new_assert(base, 0);
+        let longest = Ipv4Net::new_assert(base, 32);
+        self.routes.range(shortest..=longest).map(|(_, form)| *form)
+    }
+
+    /// Does a route need the next hop object of `base`?
+    pub(super) fn needs_object(&self, base: Ipv4Addr) -> bool {
+        self.routes_through(base).any(|form| form == Form::Object)
     }
 
     /// What is programmed once `plan` was carried out.
     pub(super) fn follow(&mut self, plan: &Plan) {
-        for subnet in &plan.withdraw {
+        for (subnet, _) in &plan.withdraw {
             self.routes.remove(subnet);
         }
         for base in &plan.stale_neighbours {
@@ -124,18 +187,16 @@ impl Entries {
         self.neighbours.extend(plan.neighbours.iter().copied());
         self.routes.extend(plan.routes.iter().copied());
     }
+}
 
-    /// Number of entries.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.fdb.len() + self.neighbours.len() + self.routes.len()
-    }
-
-    /// No peer needs anything.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
+/// A peer that shares none of its entries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct SolePeer {
+    pub(super) base: Ipv4Addr,
+    pub(super) mac: MacAddr,
+    pub(super) node: Ipv4Addr,
+    /// Of its route.
+    pub(super) form: Form,
 }
 
 /// An FDB entry of the tunnel device as the kernel reports it.
@@ -159,8 +220,8 @@ pub(super) struct FoundNeighbour {
 /// A route of the main table without TOS and metric, the key that ours have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct FoundRoute {
-    /// Exactly the route of section 9.4.
-    pub(super) ours: bool,
+    /// Exactly the route of section 9.4, in this form.
+    pub(super) ours: Option<Form>,
 }
 
 /// What the kernel has.
@@ -170,132 +231,10 @@ pub(super) struct Actual {
     pub(super) fdb: BTreeMap<MacAddr, FoundFdb>,
     /// IPv4 neighbours on the device.
     pub(super) neighbours: BTreeMap<Ipv4Addr, FoundNeighbour>,
+    /// Bases that have a next hop object of ours; `None`: the kernel knows no such objects.
+    pub(super) next_hops: Option<BTreeSet<Ipv4Addr>>,
     /// Routes by destination; the kernel uses the first of each list.
     pub(super) routes: BTreeMap<Ipv4Net, Vec<FoundRoute>>,
-}
-
-/// What turns [`Actual`] into [`Entries`], in the order in which it is to be done.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Plan {
-    /// Routes of ours to delete first: their peer is gone, or a stranger's route is in front.
-    pub(super) withdraw: Vec<Ipv4Net>,
-    /// FDB entries to set.
-    pub(super) fdb: Vec<(MacAddr, Ipv4Addr)>,
-    /// Neighbours to set.
-    pub(super) neighbours: Vec<(Ipv4Addr, MacAddr)>,
-    /// Routes to set; a stranger's route of the same key is replaced.
-    pub(super) routes: Vec<Ipv4Net>,
-    /// Neighbours to delete.
-    pub(super) stale_neighbours: Vec<Ipv4Addr>,
-    /// FDB entries to delete.
-    pub(super) stale_fdb: Vec<(MacAddr, Option<Ipv4Addr>)>,
-}
-
-impl Plan {
-    /// The difference.
-    #[must_use]
-    pub(super) fn between(actual: &Actual, wanted: &Entries) -> Self {
-        let mut plan = Self::default();
-
-        for (&mac, &node) in &wanted.fdb {
-            let right = FoundFdb {
-                node: Some(node),
-                ours: true,
-            };
-            if actual.fdb.get(&mac) != Some(&right) {
-                plan.fdb.push((mac, node));
-            }
-        }
-        for (&mac, found) in &actual.fdb {
-            if found.ours && !wanted.fdb.contains_key(&mac) {
-                plan.stale_fdb.push((mac, found.node));
-            }
-        }
-
-        for (&base, &mac) in &wanted.neighbours {
-            let right = FoundNeighbour {
-                mac: Some(mac),
-                permanent: true,
-            };
-            if actual.neighbours.get(&base) != Some(&right) {
-                plan.neighbours.push((base, mac));
-            }
-        }
-        for (&base, found) in &actual.neighbours {
-            if found.permanent && !wanted.neighbours.contains_key(&base) {
-                plan.stale_neighbours.push(base);
-            }
-        }
-
-        for &subnet in &wanted.routes {
-            let found = actual.routes.get(&subnet).map_or(&[][..], Vec::as_slice);
-            if found.first().is_some_and(|route| route.ours) {
-                continue;
-            }
-            // The kernel refuses to put a route in front that stands further back.
-            if found.iter().any(|route| route.ours) {
-                plan.withdraw.push(subnet);
-            }
-            plan.routes.push(subnet);
-        }
-        for (&subnet, found) in &actual.routes {
-            if found.iter().any(|route| route.ours) && !wanted.routes.contains(&subnet) {
-                plan.withdraw.push(subnet);
-            }
-        }
-        plan
-    }
-
-    /// The same from what changed and from what was programmed last. `None` where entries of two
-    /// peers touch each other: then the whole has to be looked at.
-    pub(super) fn of_changes(changes: &Changes, programmed: &Entries) -> Option<Self> {
-        let mut plan = Self::default();
-        for (subnet, _) in &changes.remove {
-            let (base, mac, node) = programmed.sole_peer(subnet)?;
-            plan.withdraw.push(*subnet);
-            plan.stale_neighbours.push(base);
-            plan.stale_fdb.push((mac, Some(node)));
-        }
-        let (mut macs, mut bases) = (BTreeSet::new(), BTreeSet::new());
-        for (subnet, Via::Vxlan { node, vtep_mac }) in &changes.upsert {
-            let base = subnet.network();
-            if !macs.insert(*vtep_mac) || !bases.insert(base) {
-                return None;
-            }
-            if !programmed.neighbours.contains_key(&base) {
-                if programmed.fdb.contains_key(vtep_mac) {
-                    return None;
-                }
-                plan.routes.push(*subnet);
-            } else {
-                // A known peer by another way: its route stays.
-                let (_, old, _) = programmed.sole_peer(subnet)?;
-                if old != *vtep_mac {
-                    if programmed.fdb.contains_key(vtep_mac) {
-                        return None;
-                    }
-                    plan.stale_fdb
-                        .push((old, programmed.fdb.get(&old).copied()));
-                }
-            }
-            plan.fdb.push((*vtep_mac, *node));
-            if programmed.neighbours.get(&base) != Some(vtep_mac) {
-                plan.neighbours.push((base, *vtep_mac));
-            }
-        }
-        // What one peer leaves another may have taken up.
-        let taken_up = |(mac, _): &(MacAddr, _)| macs.contains(mac);
-        if plan.stale_fdb.iter().any(taken_up) {
-            return None;
-        }
-        Some(plan)
-    }
-
-    /// Nothing to do.
-    #[must_use]
-    pub(super) fn is_empty(&self) -> bool {
-        *self == Self::default()
-    }
 }
 
 #[cfg(test)]
@@ -306,253 +245,41 @@ mod tests {
         text.parse().expect("a network")
     }
 
-    fn ip(text: &str) -> Ipv4Addr {
-        text.parse().expect("an address")
-    }
-
-    fn mac(last: u8) -> MacAddr {
-        MacAddr([2, 0, 0, 0, 0, last])
-    }
-
-    fn table(rows: &[(&str, &str, u8)]) -> ForwardingTable {
+    fn table(rows: &[(&str, u8, u8)]) -> ForwardingTable {
+        let via = |node: u8, last: u8| Via::Vxlan {
+            node: [192, 168, 50, node].into(),
+            vtep_mac: MacAddr([2, 0, 0, 0, 0, last]),
+        };
+        let rows = rows.iter();
         ForwardingTable(
-            rows.iter()
-                .map(|(subnet, node, last)| {
-                    let via = Via::Vxlan {
-                        node: ip(node),
-                        vtep_mac: mac(*last),
-                    };
-                    (net(subnet), via)
-                })
+            rows.map(|(subnet, node, last)| (net(subnet), via(*node, *last)))
                 .collect(),
         )
-    }
-
-    /// The kernel state in which nothing but `entries` exists.
-    fn as_found(entries: &Entries) -> Actual {
-        Actual {
-            fdb: entries
-                .fdb
-                .iter()
-                .map(|(&mac, &node)| {
-                    let found = FoundFdb {
-                        node: Some(node),
-                        ours: true,
-                    };
-                    (mac, found)
-                })
-                .collect(),
-            neighbours: entries
-                .neighbours
-                .iter()
-                .map(|(&base, &mac)| {
-                    let found = FoundNeighbour {
-                        mac: Some(mac),
-                        permanent: true,
-                    };
-                    (base, found)
-                })
-                .collect(),
-            routes: entries
-                .routes
-                .iter()
-                .map(|&subnet| (subnet, vec![FoundRoute { ours: true }]))
-                .collect(),
-        }
-    }
-
-    fn wanted(rows: &[(&str, &str, u8)]) -> Entries {
-        let (entries, conflicts) = Entries::wanted(&table(rows));
-        assert_eq!(conflicts, []);
-        entries
-    }
-
-    const TWO: &[(&str, &str, u8)] = &[
-        ("10.244.1.0/24", "192.168.50.1", 1),
-        ("10.244.2.0/24", "192.168.50.2", 2),
-    ];
-
-    #[test]
-    fn an_empty_kernel_gets_everything_and_a_right_one_nothing() {
-        let entries = wanted(TWO);
-        let plan = Plan::between(&Actual::default(), &entries);
-        assert_eq!(
-            plan.fdb.len() + plan.neighbours.len() + plan.routes.len(),
-            6
-        );
-        assert!(plan.withdraw.is_empty() && plan.stale_fdb.is_empty());
-        assert!(Plan::between(&as_found(&entries), &entries).is_empty());
-    }
-
-    /// A few changes give the plan and the entries of a whole look, or no plan at all.
-    #[test]
-    fn the_plan_of_a_few_changes_is_that_of_the_whole() {
-        const THIRD: (&str, &str, u8) = ("10.244.3.0/24", "192.168.50.3", 3);
-        let more = [TWO[0], TWO[1], THIRD];
-        let rows: &[(&[_], &[_], bool)] = &[
-            (TWO, &more, true),
-            (&more, TWO, true),
-            (TWO, &[TWO[0], THIRD], true),
-            (TWO, &[], true),
-            // Another address, another MAC, both.
-            (TWO, &[TWO[0], ("10.244.2.0/24", "192.168.50.9", 2)], true),
-            (TWO, &[TWO[0], ("10.244.2.0/24", "192.168.50.2", 9)], true),
-            (TWO, &[TWO[0], ("10.244.2.0/24", "192.168.50.9", 9)], true),
-            // Two that change places, another's MAC, a MAC that goes from one to another.
-            (
-                TWO,
-                &[
-                    ("10.244.1.0/24", "192.168.50.2", 2),
-                    ("10.244.2.0/24", "192.168.50.1", 1),
-                ],
-                false,
-            ),
-            (TWO, &[TWO[0], ("10.244.2.0/24", "192.168.50.1", 1)], false),
-            (TWO, &[("10.244.2.0/24", "192.168.50.1", 1)], false),
-            // A MAC that is in use, a base that is in use, a MAC that stays in use.
-            (
-                TWO,
-                &[TWO[0], TWO[1], ("10.244.3.0/24", "192.168.50.2", 2)],
-                false,
-            ),
-            (
-                TWO,
-                &[TWO[0], TWO[1], ("10.244.2.0/25", "192.168.50.3", 3)],
-                false,
-            ),
-            (
-                &[TWO[0], ("10.244.3.0/24", "192.168.50.1", 1)],
-                &TWO[..1],
-                false,
-            ),
-        ];
-        for (before, after, is_simple) in rows {
-            let mut programmed = wanted(before);
-            let changes = Changes::between(&table(before), &table(after));
-            let plan = Plan::of_changes(&changes, &programmed);
-            assert_eq!(plan.is_some(), *is_simple, "{after:?}");
-            let Some(plan) = plan else { continue };
-            programmed.follow(&plan);
-            let whole = Plan::between(&as_found(&wanted(before)), &wanted(after));
-            let sorted = |mut plan: Plan| {
-                plan.stale_fdb.sort();
-                plan.fdb.sort();
-                plan
-            };
-            assert_eq!(sorted(plan), sorted(whole), "{after:?}");
-            assert_eq!(programmed, wanted(after));
-        }
-    }
-
-    #[test]
-    fn a_vanished_peer_leaves_nothing() {
-        let plan = Plan::between(&as_found(&wanted(TWO)), &wanted(&TWO[..1]));
-        assert_eq!(
-            plan,
-            Plan {
-                withdraw: vec![net("10.244.2.0/24")],
-                stale_neighbours: vec![ip("10.244.2.0")],
-                stale_fdb: vec![(mac(2), Some(ip("192.168.50.2")))],
-                ..Plan::default()
-            }
-        );
-    }
-
-    #[test]
-    fn a_new_mac_replaces_the_neighbour_and_the_old_fdb_entry() {
-        let after = wanted(&[TWO[0], ("10.244.2.0/24", "192.168.50.2", 9)]);
-        let plan = Plan::between(&as_found(&wanted(TWO)), &after);
-        assert_eq!(
-            plan,
-            Plan {
-                fdb: vec![(mac(9), ip("192.168.50.2"))],
-                neighbours: vec![(ip("10.244.2.0"), mac(9))],
-                stale_fdb: vec![(mac(2), Some(ip("192.168.50.2")))],
-                ..Plan::default()
-            }
-        );
-    }
-
-    #[test]
-    fn a_new_address_replaces_the_fdb_entry_alone() {
-        let after = wanted(&[TWO[0], ("10.244.2.0/24", "192.168.50.7", 2)]);
-        let plan = Plan::between(&as_found(&wanted(TWO)), &after);
-        assert_eq!(
-            plan,
-            Plan {
-                fdb: vec![(mac(2), ip("192.168.50.7"))],
-                ..Plan::default()
-            }
-        );
-    }
-
-    #[test]
-    fn a_strangers_route_in_front_is_replaced_and_elsewhere_left_alone() {
-        let entries = wanted(TWO);
-        let mut actual = as_found(&entries);
-        let stranger = FoundRoute { ours: false };
-        actual.routes.insert(net("10.244.1.0/24"), vec![stranger]);
-        actual.routes.insert(
-            net("10.244.2.0/24"),
-            vec![stranger, FoundRoute { ours: true }],
-        );
-        actual.routes.insert(net("0.0.0.0/0"), vec![stranger]);
-        assert_eq!(
-            Plan::between(&actual, &entries),
-            Plan {
-                withdraw: vec![net("10.244.2.0/24")],
-                routes: vec![net("10.244.1.0/24"), net("10.244.2.0/24")],
-                ..Plan::default()
-            }
-        );
-    }
-
-    #[test]
-    fn what_others_put_on_the_device_stays_unless_a_peer_needs_the_key() {
-        let entries = wanted(TWO);
-        let mut actual = as_found(&entries);
-        let learned = |node| FoundFdb {
-            node: Some(ip(node)),
-            ours: false,
-        };
-        actual.fdb.insert(mac(1), learned("192.168.50.66"));
-        actual.fdb.insert(mac(77), learned("192.168.50.77"));
-        let failed = FoundNeighbour {
-            mac: None,
-            permanent: false,
-        };
-        actual.neighbours.insert(ip("10.244.1.0"), failed);
-        actual.neighbours.insert(ip("10.244.1.9"), failed);
-        assert_eq!(
-            Plan::between(&actual, &entries),
-            Plan {
-                fdb: vec![(mac(1), ip("192.168.50.1"))],
-                neighbours: vec![(ip("10.244.1.0"), mac(1))],
-                ..Plan::default()
-            }
-        );
     }
 
     #[test]
     fn peers_in_conflict_do_not_flap_and_are_named() {
         let (entries, conflicts) = Entries::wanted(&table(&[
-            ("10.244.1.0/24", "192.168.50.1", 1),
-            ("10.244.2.0/24", "192.168.50.2", 1),
-            ("10.244.3.0/24", "192.168.50.3", 3),
-            ("10.244.3.0/25", "192.168.50.4", 4),
+            ("10.244.1.0/24", 1, 1),
+            ("10.244.2.0/24", 2, 1),
+            ("10.244.3.0/24", 3, 3),
+            ("10.244.3.0/25", 4, 4),
         ]));
         assert_eq!(
             entries.routes,
-            BTreeSet::from([net("10.244.1.0/24"), net("10.244.3.0/24")])
+            BTreeMap::from([
+                (net("10.244.1.0/24"), Form::Plain),
+                (net("10.244.3.0/24"), Form::Plain)
+            ])
         );
         assert_eq!(
             conflicts,
             [
                 Conflict::Mac {
                     subnet: net("10.244.2.0/24"),
-                    mac: mac(1),
-                    node: ip("192.168.50.2"),
-                    holder: ip("192.168.50.1"),
+                    mac: MacAddr([2, 0, 0, 0, 0, 1]),
+                    node: [192, 168, 50, 2].into(),
+                    holder: [192, 168, 50, 1].into(),
                 },
                 Conflict::Base {
                     subnet: net("10.244.3.0/25")
@@ -563,11 +290,45 @@ mod tests {
 
     #[test]
     fn one_node_may_hold_two_subnets() {
-        let (entries, conflicts) = Entries::wanted(&table(&[
-            ("10.244.1.0/24", "192.168.50.1", 1),
-            ("10.244.2.0/24", "192.168.50.1", 1),
-        ]));
+        let (entries, conflicts) =
+            Entries::wanted(&table(&[("10.244.1.0/24", 1, 1), ("10.244.2.0/24", 1, 1)]));
         assert_eq!(conflicts, []);
         assert_eq!((entries.fdb.len(), entries.routes.len()), (1, 2));
+    }
+
+    #[test]
+    fn routes_that_are_there_keep_their_form_and_many_new_ones_go_through_objects() {
+        let subnets = |count: usize| {
+            (0..count).map(|number| {
+                let number = u32::try_from(number).expect("few");
+                Ipv4Net::new_assert((0x0a00_0000 + (number << 8)).into(), 24)
+            })
+        };
+        let found = |form| vec![FoundRoute { ours: form }];
+        let actual = Actual {
+            next_hops: Some(BTreeSet::new()),
+            routes: BTreeMap::from([
+                (net("10.0.1.0/24"), found(Some(Form::Plain))),
+                (net("10.0.2.0/24"), found(Some(Form::Object))),
+                (net("10.0.3.0/24"), found(None)),
+            ]),
+            ..Actual::default()
+        };
+        for (count, new) in [(MANY_PEERS, Form::Plain), (MANY_PEERS + 1, Form::Object)] {
+            let mut wanted = Entries {
+                routes: subnets(count).map(|subnet| (subnet, Form::Plain)).collect(),
+                ..Entries::default()
+            };
+            wanted.choose_forms(&actual);
+            assert_eq!(wanted.routes[&net("10.0.1.0/24")], Form::Plain);
+            assert_eq!(wanted.routes[&net("10.0.2.0/24")], Form::Object);
+            assert_eq!(wanted.routes[&net("10.0.3.0/24")], new, "{count}");
+            assert_eq!(wanted.routes[&net("10.0.4.0/24")], new, "{count}");
+            assert!(wanted.needs_object([10, 0, 2, 0].into()));
+            assert!(!wanted.needs_object([10, 0, 1, 0].into()));
+
+            wanted.choose_forms(&Actual::default());
+            assert!(wanted.routes.values().all(|form| *form == Form::Plain));
+        }
     }
 }

@@ -5,21 +5,22 @@
 //! apply the difference. A pass right after a good one changes nothing. Nothing is
 //! retried inside a pass; what failed is reported, and the next pass tries it again.
 
+mod apply;
 mod device;
 mod entries;
 mod kernel;
+mod next_hop_object;
+mod plan;
 pub mod rtnl;
 
-use std::{
-    collections::BTreeSet,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 pub(in crate::datapath) use device::local_address;
 pub use device::{Device, DeviceError, DeviceSpec};
-use entries::Plan;
-pub use entries::{Conflict, Entries};
+pub use entries::{Conflict, Entries, Form};
 pub use kernel::Entry;
+pub use next_hop_object::is_through_object;
+use plan::Plan;
 pub use rtnl::{Rtnl, RtnlError};
 use tracing::{debug, warn};
 
@@ -105,6 +106,8 @@ pub struct NetlinkDatapath {
     programmed: Entries,
     /// The last pass was good: `programmed` is what its table needs.
     settled: bool,
+    /// Routes can go through next hop objects.
+    kernel_has_objects: bool,
     /// Events that own changes of the FDB cause, and until when they are waited for: unlike
     /// all others they do not name this socket.
     echoes: usize,
@@ -123,6 +126,7 @@ impl NetlinkDatapath {
             device: None,
             programmed: Entries::default(),
             settled: false,
+            kernel_has_objects: false,
             echoes: 0,
             echoes_end: Instant::now(),
         })
@@ -198,9 +202,11 @@ impl NetlinkDatapath {
             return None;
         }
         let device = self.device.clone()?;
-        let plan = Plan::of_changes(changes, &self.programmed)?;
+        let peers = self.programmed.routes.len() + changes.upsert.len();
+        let form = Form::of_new_route(peers, self.kernel_has_objects);
+        let mut plan = Plan::of_changes(changes, &self.programmed, form)?;
         let mut pass = Pass::default();
-        let applied = self.apply(&plan, &device, &mut pass).await;
+        let applied = self.apply(&mut plan, &device, &mut pass).await;
         if applied.is_err() || !pass.errors.is_empty() {
             return None;
         }
@@ -248,7 +254,7 @@ impl NetlinkDatapath {
             }
         }
         let device = self.device.clone().expect("set above");
-        let (wanted, conflicts) = Entries::wanted(table);
+        let (mut wanted, conflicts) = Entries::wanted(table);
         pass.errors.extend(conflicts.into_iter().map(Into::into));
 
         let actual = match kernel::observe(&mut self.rtnl, device.index).await {
@@ -259,16 +265,20 @@ impl NetlinkDatapath {
                 return pass;
             }
         };
-        let plan = Plan::between(&actual, &wanted);
+        wanted.choose_forms(&actual);
+        self.kernel_has_objects = actual.next_hops.is_some();
+        let mut plan = Plan::between(&actual, &wanted);
         if plan.is_empty() {
             self.programmed = wanted;
         } else {
-            let applied = self.apply(&plan, &device, &mut pass).await;
+            let applied = self.apply(&mut plan, &device, &mut pass).await;
             if let Err(source) = applied {
                 let device = device.name;
                 pass.errors.push(PassError::Transport { device, source });
             } else {
-                self.programmed = without_failures(wanted, &pass.errors);
+                // The kernel may have refused some objects.
+                wanted.routes.extend(plan.routes.iter().copied());
+                self.programmed = wanted.without_failures(&pass.errors);
             }
             // Events of the FDB entries wait until this is over.
             self.echoes_end = Instant::now() + ECHO;
@@ -282,155 +292,4 @@ impl NetlinkDatapath {
         }
         pass
     }
-
-    /// Carries out `plan` in its order; a route waits for its peer's neighbour.
-    async fn apply(
-        &mut self,
-        plan: &Plan,
-        device: &Device,
-        pass: &mut Pass,
-    ) -> Result<(), RtnlError> {
-        let index = device.index;
-        let withdraw = plan.withdraw.iter().map(|&subnet| Entry::Route(subnet));
-        self.delete(withdraw.collect(), index, pass).await?;
-
-        let reach = plan
-            .fdb
-            .iter()
-            .map(|&(mac, node)| Entry::Fdb(mac, Some(node)));
-        self.set(reach.collect(), index, pass).await?;
-        let resolve = plan
-            .neighbours
-            .iter()
-            .map(|&(base, mac)| Entry::Neighbour(base, Some(mac)));
-        let unresolved = self.set(resolve.collect(), index, pass).await?;
-        let unresolved: BTreeSet<_> = unresolved
-            .into_iter()
-            .filter_map(|entry| match entry {
-                Entry::Neighbour(base, _) => Some(base),
-                _ => None,
-            })
-            .collect();
-        let routes = plan
-            .routes
-            .iter()
-            .filter(|subnet| !unresolved.contains(&subnet.network()))
-            .map(|&subnet| Entry::Route(subnet));
-        self.set(routes.collect(), index, pass).await?;
-
-        let stale = plan
-            .stale_neighbours
-            .iter()
-            .map(|&base| Entry::Neighbour(base, None))
-            .chain(
-                plan.stale_fdb
-                    .iter()
-                    .map(|&(mac, node)| Entry::Fdb(mac, node)),
-            );
-        self.delete(stale.collect(), index, pass).await
-    }
-
-    /// Sets every entry and counts it; returns the ones the kernel refused.
-    async fn set(
-        &mut self,
-        entries: Vec<Entry>,
-        device: u32,
-        pass: &mut Pass,
-    ) -> Result<Vec<Entry>, RtnlError> {
-        let requests = entries.iter().map(|entry| entry.set(device)).collect();
-        let failures = self.rtnl.batch(requests).await?;
-        self.expect_echoes(&entries, failures.len());
-        let repaired = entries
-            .iter()
-            .filter(|entry| programmed(&self.programmed, entry))
-            .count();
-        let mut repaired_failed = 0;
-        let mut refused = Vec::with_capacity(failures.len());
-        for (position, source) in failures {
-            let entry = entries[position];
-            repaired_failed += usize::from(programmed(&self.programmed, &entry));
-            refused.push(entry);
-            pass.errors.push(PassError::Entry {
-                action: "set",
-                entry,
-                source,
-            });
-        }
-        pass.repaired += repaired - repaired_failed;
-        pass.installed += entries.len() - repaired - (refused.len() - repaired_failed);
-        Ok(refused)
-    }
-
-    fn expect_echoes(&mut self, entries: &[Entry], failures: usize) {
-        let fdb = entries.iter().filter(|e| matches!(e, Entry::Fdb(..)));
-        let now = Instant::now();
-        if now > self.echoes_end {
-            self.echoes = 0;
-        }
-        // Rather one look too many than one too few.
-        self.echoes += fdb.count().saturating_sub(failures);
-        self.echoes_end = now + ECHO;
-    }
-
-    /// Deletes every entry and counts it; one that is gone already is as good as deleted.
-    async fn delete(
-        &mut self,
-        entries: Vec<Entry>,
-        device: u32,
-        pass: &mut Pass,
-    ) -> Result<(), RtnlError> {
-        let requests = entries.iter().map(|entry| entry.delete(device)).collect();
-        let failures = self.rtnl.batch(requests).await?;
-        self.expect_echoes(&entries, failures.len());
-        pass.removed += entries.len() - failures.len();
-        for (position, source) in failures {
-            if !source.is_gone() {
-                pass.errors.push(PassError::Entry {
-                    action: "delete",
-                    entry: entries[position],
-                    source,
-                });
-            }
-        }
-        Ok(())
-    }
-}
-
-/// The last good pass left this very entry in place.
-fn programmed(entries: &Entries, entry: &Entry) -> bool {
-    match entry {
-        Entry::Fdb(mac, node) => node.is_some() && entries.fdb.get(mac) == node.as_ref(),
-        Entry::Neighbour(base, mac) => {
-            mac.is_some() && entries.neighbours.get(base) == mac.as_ref()
-        }
-        Entry::Route(subnet) => entries.routes.contains(subnet),
-    }
-}
-
-/// `wanted` less what could not be set.
-fn without_failures(mut wanted: Entries, errors: &[PassError]) -> Entries {
-    for error in errors {
-        match error {
-            PassError::Entry {
-                action: "set",
-                entry: Entry::Fdb(mac, _),
-                ..
-            } => drop(wanted.fdb.remove(mac)),
-            PassError::Entry {
-                action: "set",
-                entry: Entry::Neighbour(base, _),
-                ..
-            } => {
-                wanted.neighbours.remove(base);
-                wanted.routes.retain(|subnet| subnet.network() != *base);
-            }
-            PassError::Entry {
-                action: "set",
-                entry: Entry::Route(subnet),
-                ..
-            } => drop(wanted.routes.remove(subnet)),
-            _ => {}
-        }
-    }
-    wanted
 }

@@ -5,13 +5,6 @@
 //! last asks for an acknowledgement, and the kernel, which handles a send in order before it
 //! returns, answers with the failures and that one acknowledgement.
 //!
-//! Measured with 10,000 peers (debug build, two shared cores, Linux 6.18): 1.1 to 1.4 s to install and
-//! 0.15 to 0.2 s for a pass that finds everything in place. 1,000 peers take 0.03 s, so it is not
-//! linear: the kernel's hash of next hops (`fib_find_info`) leaves the gateway out, so all our routes
-//! are in one chain, which each new one walks to its end. 10,000 of them cost 1.35 s of kernel
-//! time, 10,000 routes with one next hop in common 0.05 s. Whatever would spread the hash
-//! (metric, source, protocol, scope) shows in the listing, which is flannel's to the character.
-//!
 //! The socket belongs to the network namespace of the thread that opened it, for ever.
 
 use std::{
@@ -20,7 +13,8 @@ use std::{
 };
 
 use netlink_packet_core::{
-    ErrorMessage, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+    ErrorMessage, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader,
+    NetlinkMessage, NetlinkPayload, NetlinkSerializable,
 };
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
@@ -42,6 +36,9 @@ const DATAGRAM: usize = 64 << 10;
 
 /// How often a dump is repeated that the kernel marked as torn by a concurrent change.
 const TORN_DUMP_RETRIES: usize = 3;
+
+/// Ports tried before the kernel may choose one.
+const PORTS_TRIED: usize = 8;
 
 const NLM_F_DUMP_INTR: u16 = 0x10;
 const NLMSGERR_ATTR_MSG: u16 = 1;
@@ -96,9 +93,9 @@ impl RtnlError {
 
 /// One request and the flags it needs besides `REQUEST` and `ACK`.
 #[derive(Debug, Clone)]
-pub struct Request {
+pub struct Request<M = RouteNetlinkMessage> {
     /// What is asked.
-    pub message: RouteNetlinkMessage,
+    pub message: M,
     /// `NLM_F_CREATE`, `NLM_F_REPLACE`, `NLM_F_EXCL`, …
     pub flags: u16,
 }
@@ -121,7 +118,7 @@ impl Rtnl {
     pub fn open() -> Result<Self, RtnlError> {
         let open = || -> io::Result<(AsyncFd<NetlinkFd>, u32)> {
             let mut socket = Socket::new(NETLINK_ROUTE)?;
-            let port = socket.bind_auto()?.port_number();
+            let port = bind(&mut socket)?;
             socket.connect(&SocketAddr::new(0, 0))?;
             socket.set_non_blocking(true)?;
             socket.set_netlink_get_strict_chk(true)?;
@@ -155,10 +152,10 @@ impl Rtnl {
     ///
     /// # Errors
     /// The kernel's refusal, or the socket's fault.
-    pub async fn dump(
-        &mut self,
-        message: RouteNetlinkMessage,
-    ) -> Result<Vec<RouteNetlinkMessage>, RtnlError> {
+    pub async fn dump<M>(&mut self, message: M) -> Result<Vec<M>, RtnlError>
+    where
+        M: NetlinkSerializable + NetlinkDeserializable + Clone,
+    {
         let request = Request {
             message,
             flags: NLM_F_DUMP,
@@ -218,7 +215,7 @@ impl Rtnl {
             let mut missing = asked;
             while missing > 0 {
                 let length_read = self.receive().await?;
-                for message in messages(&self.datagram[..length_read]) {
+                for message in messages::<RouteNetlinkMessage>(&self.datagram[..length_read]) {
                     let message = message?;
                     let index = message.header.sequence_number.wrapping_sub(first) as usize;
                     let Some(place @ None) = part.get_mut(index) else {
@@ -254,9 +251,9 @@ impl Rtnl {
     ///
     /// # Errors
     /// A fault of the socket: what was done is then unknown.
-    pub async fn batch(
+    pub async fn batch<M: NetlinkSerializable>(
         &mut self,
-        requests: Vec<Request>,
+        requests: Vec<Request<M>>,
     ) -> Result<Vec<(usize, RtnlError)>, RtnlError> {
         let mut failed = Vec::new();
         let mut start = 0;
@@ -274,7 +271,7 @@ impl Rtnl {
             let mut last_answered = false;
             while !last_answered {
                 let length_read = self.receive().await?;
-                for message in messages(&self.datagram[..length_read]) {
+                for message in messages::<RouteNetlinkMessage>(&self.datagram[..length_read]) {
                     let message = message?;
                     let index = message.header.sequence_number.wrapping_sub(first) as usize;
                     if index >= length {
@@ -293,12 +290,18 @@ impl Rtnl {
         Ok(failed)
     }
 
-    async fn ask(&mut self, request: Request) -> Result<Answer, RtnlError> {
+    async fn ask<M>(&mut self, request: Request<M>) -> Result<Answer<M>, RtnlError>
+    where
+        M: NetlinkSerializable + NetlinkDeserializable,
+    {
         let mut bytes = Vec::new();
         self.encode(request.message, request.flags, &mut bytes);
         let sequence = self.sequence;
         self.send(&bytes).await?;
-        let mut answer = Answer::default();
+        let mut answer = Answer {
+            objects: Vec::new(),
+            torn: false,
+        };
         loop {
             let length = self.receive().await?;
             for message in messages(&self.datagram[..length]) {
@@ -328,9 +331,10 @@ impl Rtnl {
     }
 
     /// Appends one message to `bytes` under the next sequence number.
-    fn encode(&mut self, message: RouteNetlinkMessage, flags: u16, bytes: &mut Vec<u8>) {
+    fn encode<M: NetlinkSerializable>(&mut self, message: M, flags: u16, bytes: &mut Vec<u8>) {
         self.sequence = self.sequence.wrapping_add(1);
-        let mut message = NetlinkMessage::from(message);
+        let payload = NetlinkPayload::InnerMessage(message);
+        let mut message = NetlinkMessage::new(NetlinkHeader::default(), payload);
         message.header.flags = NLM_F_REQUEST | flags;
         message.header.sequence_number = self.sequence;
         message.finalize();
@@ -379,11 +383,25 @@ impl Rtnl {
     }
 }
 
-#[derive(Default)]
-struct Answer {
-    objects: Vec<RouteNetlinkMessage>,
+struct Answer<M> {
+    objects: Vec<M>,
     /// The kernel saw a change while it dumped.
     torn: bool,
+}
+
+/// Binds to a port that no process in any namespace is likely to have. The kernel would choose the
+/// process's id, which is 1 in many containers: events from pods are told from our own by the port.
+fn bind(socket: &mut Socket) -> io::Result<u32> {
+    for _ in 0..PORTS_TRIED {
+        // Process ids are below, and so are the ports that follow from them.
+        let port = rand::random::<u32>() | 1 << 31;
+        match socket.bind(&SocketAddr::new(port, 0)) {
+            Ok(()) => return Ok(port),
+            Err(error) if error.raw_os_error() == Some(libc::EADDRINUSE) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(socket.bind_auto()?.port_number())
 }
 
 /// A netlink socket that lends its descriptor safely; `netlink_sys` gives out the raw one only.
@@ -422,9 +440,9 @@ impl NetlinkFd {
 
 /// The messages of one datagram. An unknown or odd object is an error of its own and does not hide
 /// the ones behind it.
-fn messages(
+fn messages<M: NetlinkDeserializable>(
     mut datagram: &[u8],
-) -> impl Iterator<Item = Result<NetlinkMessage<RouteNetlinkMessage>, RtnlError>> {
+) -> impl Iterator<Item = Result<NetlinkMessage<M>, RtnlError>> {
     std::iter::from_fn(move || {
         let (length, _) = datagram.split_first_chunk::<4>()?;
         let length = u32::from_ne_bytes(*length) as usize;
@@ -490,7 +508,8 @@ mod tests {
 
     #[test]
     fn a_cut_datagram_ends_the_messages() {
-        assert_eq!(messages(&[200, 0, 0, 0, 1, 2]).count(), 0);
-        assert_eq!(messages(&[]).count(), 0);
+        let count = |bytes: &[u8]| messages::<RouteNetlinkMessage>(bytes).count();
+        assert_eq!(count(&[200, 0, 0, 0, 1, 2]), 0);
+        assert_eq!(count(&[]), 0);
     }
 }

@@ -30,6 +30,8 @@ use netlink_sys::{
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing::warn;
 
+use crate::datapath::netlink::is_through_object;
+
 const GROUP_NFTABLES: u32 = 7;
 const GROUP_XFRM_SA: u32 = 3;
 const GROUP_XFRM_POLICY: u32 = 4;
@@ -184,7 +186,8 @@ fn is_way(neighbours: &mut BTreeMap<Neighbour, Vec<u8>>, tunnel: u32, mut datagr
         let length = (message.header.length as usize + 3) & !3;
         concerns |= match message.payload {
             NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelRoute(route))
-                if route.attributes.contains(&RouteAttribute::Oif(tunnel)) =>
+                if route.attributes.contains(&RouteAttribute::Oif(tunnel))
+                    || is_through_object(&route) =>
             {
                 false
             }

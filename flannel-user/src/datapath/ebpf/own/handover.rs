@@ -1,6 +1,6 @@
 //! When an own connection goes to conntrack, and as what. Pure.
 
-use std::{net::SocketAddrV4, time::Duration};
+use std::time::Duration;
 
 use flannel_ebpf::{
     layout::{END_DOUBTFUL_RST, FlowKey, OwnFlow},
@@ -8,7 +8,7 @@ use flannel_ebpf::{
     sighting::Way,
 };
 
-use super::super::epoch::Clock;
+use super::super::{ends::end, epoch::Clock};
 use crate::datapath::conntrack_table::{Entry, TcpState, Tuple, status};
 
 /// How old a connection gets before conntrack has it.
@@ -124,17 +124,13 @@ pub(super) fn due(flow: &OwnFlow, extent: Extent<'_>) -> Due {
 
 /// The connection as conntrack names it: as the client sends.
 pub(super) fn tuple(key: &FlowKey, flow: &OwnFlow) -> Tuple {
-    let end = |address: [u8; 4], port: [u8; 2]| {
-        SocketAddrV4::new(address.into(), u16::from_be_bytes(port))
-    };
     let sent = Tuple {
         source: end(key.src, key.sport),
         destination: end(key.dst, key.dport),
     };
-    if flow.opener == Way::Out as u8 {
-        sent
-    } else {
-        sent.reversed()
+    match own::opener(flow.opener) {
+        Way::Out => sent,
+        Way::In => sent.reversed(),
     }
 }
 

@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use ipnet::Ipv4Net;
 
-use crate::datapath::ruleset::{Look, Watcher};
+use crate::{
+    datapath::ruleset::{Look, Watcher},
+    error_chain::in_one_line,
+};
 
 /// The longest that classes may go on while changed rules have not been read.
 const UNREAD: Duration = Duration::from_millis(100);
@@ -68,8 +71,5 @@ impl Rules {
 }
 
 fn unread(error: &dyn std::error::Error) -> Judgement {
-    let cause = error
-        .source()
-        .map_or_else(String::new, |cause| format!(": {cause}"));
-    Judgement::Unfit(format!("the rules cannot be read: {error}{cause}"))
+    Judgement::Unfit(format!("the rules cannot be read: {}", in_one_line(error)))
 }
