@@ -36,7 +36,7 @@ enum Answers {
 pub(super) fn rush(from: &Pod, to: &Pod) -> Result<Task> {
     let target = to.at(CONNECTIONS_PORT);
     from.tool(&format!(
-        "connections --to {target} --ending {} --count 100000000 --at-once 4 --exchanges 1 --size 64 --patience 2",
+        "connections --to {target} --ending {} --count 100000000 --at-once 16 --exchanges 1 --size 64 --patience 2",
         Ending::ClientFin.name()
     ))
 }

@@ -153,7 +153,12 @@ pub(super) fn transport_checksum(
     segment: &[u8],
 ) -> [u8; 2] {
     let length = (segment.len() as u16).to_be_bytes();
-    let pseudo = [&from.octets()[..], &to.octets()[..], &[0, protocol], &length[..]];
+    let pseudo = [
+        &from.octets()[..],
+        &to.octets()[..],
+        &[0, protocol],
+        &length[..],
+    ];
     checksum(&[&pseudo.concat()[..], segment].concat())
 }
 
