@@ -8,7 +8,11 @@
 mod bad_input;
 mod bench;
 mod classes;
+mod classes_address_reuse;
 mod classes_counts;
+mod classes_flood;
+mod classes_handshakes;
+mod classes_path_mtu;
 mod classes_rules;
 mod direct;
 mod etcd_faults;

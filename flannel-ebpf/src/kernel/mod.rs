@@ -95,8 +95,10 @@ fn leave(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Result<(Reason,
         },
         Leave::Unknown(packet) => (packet, None),
         Leave::Kernel(reason) => {
-            if reason == Reason::OutProtocol {
-                own::quoted(wire, ETHERNET, Way::Out);
+            if reason == Reason::OutProtocol
+                && let Some(outcome) = own::complained(context, wire, node)
+            {
+                return Ok(outcome);
             }
             return Err(reason);
         }
@@ -200,8 +202,13 @@ fn arrive(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Result<(Reason
         },
         Arrive::Unknown => Packet::read(wire, INNER_IP).ok_or(Reason::InMalformed)?,
         Arrive::Kernel(reason) => {
-            if reason == Reason::InProtocol {
-                own::quoted(wire, INNER_IP, Way::In);
+            if reason == Reason::InProtocol
+                && let Some(outcome) = own::complained_of(context, wire, node)
+            {
+                return Ok(outcome);
+            }
+            if reason == Reason::InOuterForm && decap::is_piece(wire, &KernelTables, node) {
+                wire.set_sign(sign::PIECE);
             }
             return Err(reason);
         }
@@ -235,6 +242,9 @@ fn unknown_in(
 #[classifier]
 pub(crate) fn from_tunnel(context: TcContext) -> i32 {
     let question = wire::sign(&context);
+    if question == sign::PIECE {
+        return made_whole(&context);
+    }
     if question != sign::PROBE && question != sign::KNOWN && question != sign::STRANGE {
         return NEXT;
     }
@@ -254,6 +264,17 @@ pub(crate) fn from_tunnel(context: TcContext) -> i32 {
         watch::note(&wire, ETHERNET, &packet, node, Way::In, probe);
     }
     NEXT
+}
+
+/// A packet came in pieces, which nobody but the kernel could make whole. Conntrack does not know
+/// an own connection, so the packet must not go on to it.
+#[inline(always)]
+fn made_whole(context: &TcContext) -> i32 {
+    let wire = Wire::new(context);
+    wire.set_sign(sign::NONE);
+    learning()
+        .and_then(|node| own::whole(context, &wire, node))
+        .unwrap_or(NEXT)
 }
 
 /// Egress of a pod's host-side veth: what the stack made of a peer's packet.

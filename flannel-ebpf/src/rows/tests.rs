@@ -176,6 +176,82 @@ fn whatever_the_bytes_nothing_is_read_past_the_end() {
     assert_eq!(crate::header::Ethernet::LEN, 14);
 }
 
+#[test]
+fn errors_are_carried_as_errors_and_as_nothing_else() {
+    let fixture = Fixture::default();
+    let mut seen = [0; 2];
+    for row in way_out() {
+        let as_error = encap::encapsulate_error(&row.frame(), &fixture, &fixture.node);
+        match (&row.expect, as_error) {
+            // ICMP, which nothing else speaks against.
+            (Expect::Stays(Reason::OutProtocol), Ok(_)) => seen[0] += 1,
+            (_, Ok(way)) => panic!("{}: {way:?}", row.what),
+            (Expect::Becomes(_), Err(reason)) => assert_eq!(reason, Reason::OutProtocol),
+            _ => {}
+        }
+    }
+    for row in way_in() {
+        let as_error = decap::deliver_error(&row.frame(), &fixture, &fixture.node);
+        match (&row.expect, as_error) {
+            (Expect::Stays(Reason::InProtocol), Ok(_)) => seen[1] += 1,
+            (_, Ok(way)) => panic!("{}: {way:?}", row.what),
+            (Expect::Becomes(_), Err(reason)) => assert_eq!(reason, Reason::InProtocol),
+            _ => {}
+        }
+    }
+    assert!(seen.iter().all(|seen| *seen > 0), "{seen:?}");
+}
+
+#[test]
+fn what_the_kernel_made_whole_is_delivered_as_what_came_in_one_piece() {
+    let fixture = Fixture::default();
+    let mut seen = 0;
+    for row in way_in() {
+        // As the tunnel device has it: without the outer headers.
+        let Some(inner) = row.given.get(50..) else {
+            continue;
+        };
+        let one = decap::deliver(&row.frame(), &fixture, &fixture.node);
+        let whole = decap::deliver_whole(&Bytes::plain(inner, IFINDEX), &fixture);
+        if let (Ok(one), Ok(whole)) = (one, whole)
+            && one.tos.0 == one.tos.1
+        {
+            assert_eq!(whole.pod, one.pod, "{}", row.what);
+            assert_eq!(whole.next_hop(), one.next_hop(), "{}", row.what);
+            seen += 1;
+        }
+        for len in 0..inner.len().min(54) {
+            let cut = Bytes::plain(&inner[..len], IFINDEX);
+            assert!(decap::deliver_whole(&cut, &fixture).is_err());
+        }
+    }
+    assert!(seen > 0);
+}
+
+#[test]
+fn pieces_are_fragments_of_peers_for_us() {
+    let fixture = Fixture::default();
+    let good = way_in();
+    let good = good
+        .iter()
+        .find(|row| matches!(row.expect, Expect::Becomes(_)))
+        .expect("something is delivered");
+    let piece = |change: fn(&mut Vec<u8>)| {
+        let mut frame = good.given.clone();
+        // More fragments follow.
+        frame[20] |= 0x20;
+        change(&mut frame);
+        decap::is_piece(&Bytes::plain(&frame, IFINDEX), &fixture, &fixture.node)
+    };
+    assert!(piece(|_| {}));
+    assert!(piece(|frame| frame.truncate(34)), "the last may be short");
+    assert!(!piece(|frame| frame[20] = 0), "no fragment");
+    assert!(!piece(|frame| frame[23] = 6), "not UDP");
+    assert!(!piece(|frame| frame[29] ^= 0x40), "from nobody we know");
+    assert!(!piece(|frame| frame[33] ^= 0x40), "for somebody else");
+    assert!(!piece(|frame| frame.truncate(33)));
+}
+
 proptest::proptest! {
     #[test]
     fn random_bytes_are_never_delivered_nor_sent(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200)) {

@@ -84,7 +84,8 @@ pub fn send(args: &RawArgs) -> Result<RawReport> {
     Ok(report)
 }
 
-fn raw_socket() -> io::Result<OwnedFd> {
+/// A socket for packets whose IP header is in them.
+pub(super) fn raw_socket() -> io::Result<OwnedFd> {
     // SAFETY: no pointer is involved.
     let socket = unsafe {
         libc::socket(
@@ -145,10 +146,24 @@ fn packet(args: &RawArgs, id: u16, number: u64) -> Vec<u8> {
     bytes
 }
 
+/// The checksum of UDP or TCP between two addresses, before UDP's own meaning of zero.
+pub(super) fn transport_checksum(
+    protocol: u8,
+    (from, to): (Ipv4Addr, Ipv4Addr),
+    segment: &[u8],
+) -> [u8; 2] {
+    let length = (segment.len() as u16).to_be_bytes();
+    let pseudo = [
+        &from.octets()[..],
+        &to.octets()[..],
+        &[0, protocol],
+        &length[..],
+    ];
+    checksum(&[&pseudo.concat()[..], segment].concat())
+}
+
 fn udp_checksum(from: Ipv4Addr, to: Ipv4Addr, datagram: &[u8]) -> [u8; 2] {
-    let length = (datagram.len() as u16).to_be_bytes();
-    let pseudo = [&from.octets()[..], &to.octets()[..], &[0, 17], &length[..]];
-    match checksum(&[&pseudo.concat()[..], datagram].concat()) {
+    match transport_checksum(17, (from, to), datagram) {
         [0, 0] => [0xff, 0xff],
         other => other,
     }

@@ -15,7 +15,7 @@ use super::{
     table::OwnTable,
 };
 use crate::datapath::{
-    conntrack_table::{ConntrackTable, Entry, TableError, status},
+    conntrack_table::{ConntrackTable, Entry, TableError, TcpState, Tuple, status},
     ebpf::epoch::Clock,
 };
 
@@ -192,7 +192,18 @@ impl Exchange {
             .map(|(_, entry)| entry.reply)
             .collect();
         conntrack.delete(&clashed);
-        let results = conntrack.insert(&entries);
+        let is_known = known(conntrack, &entries);
+        let strange: Vec<Entry> = entries
+            .iter()
+            .zip(&is_known)
+            .filter(|(_, known)| !**known)
+            .map(|(entry, _)| entry.clone())
+            .collect();
+        let mut inserted = conntrack.insert(&strange).into_iter();
+        let results = is_known.iter().map(|known| {
+            let result = if *known { None } else { inserted.next() };
+            result.unwrap_or(Ok(()))
+        });
 
         let (mut handed_over, mut refused) = (0, 0);
         let mut corrections = Vec::new();
@@ -226,4 +237,21 @@ impl Exchange {
         }
         (handed_over, refused)
     }
+}
+
+/// Of which unanswered SYNs conntrack knows better: it holds a connection of that tuple that lives,
+/// into which the SYN does not belong.
+fn known(conntrack: &mut ConntrackTable, entries: &[Entry]) -> Vec<bool> {
+    let unanswered: Vec<usize> = (0..entries.len())
+        .filter(|index| entries[*index].state == TcpState::SynSent)
+        .collect();
+    let tuples: Vec<Tuple> = unanswered
+        .iter()
+        .map(|index| entries[*index].original)
+        .collect();
+    let mut known = vec![false; entries.len()];
+    for (index, answer) in unanswered.into_iter().zip(conntrack.get_many(&tuples)) {
+        known[index] = matches!(answer, Ok(Some(entry)) if entry.state.is_alive());
+    }
+    known
 }

@@ -106,7 +106,10 @@ pub(super) fn due(flow: &OwnFlow, extent: Extent<'_>) -> Due {
         }
     };
     if own::is_over(flow) {
-        return if age(flow.closed) >= LINGER {
+        return if own::is_older(flow) {
+            // Conntrack may hold the older connection, and has not seen its end.
+            Due::HandOver
+        } else if age(flow.closed) >= LINGER {
             Due::Delete
         } else {
             Due::Stay
@@ -255,6 +258,16 @@ mod tests {
         assert_eq!(due(&old, Extent::Due(&clock)), Due::Delete);
         let taken = OwnFlow { taken: 1, ..fresh };
         assert_eq!(due(&taken, Extent::Due(&clock)), Due::Delete);
+    }
+
+    #[test]
+    fn the_end_of_an_older_connection_is_for_conntrack() {
+        let clock = Clock::new(10_000);
+        // A SYN that does not belong, and then the connection that it met ends.
+        let ended = after(&[(Way::Out, FIN_ACK), (Way::In, FIN_ACK)], 10_000);
+        assert_eq!(due(&ended, Extent::Due(&clock)), Due::HandOver);
+        let entry = entry(&key(), &ended, &Timeouts::default());
+        assert_eq!(entry.state, TcpState::TimeWait);
     }
 
     #[test]
