@@ -30,7 +30,7 @@ use netlink_sys::{
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing::warn;
 
-use crate::datapath::netlink::is_through_object;
+use crate::datapath::netlink::is_of_peer;
 
 const GROUP_NFTABLES: u32 = 7;
 const GROUP_XFRM_SA: u32 = 3;
@@ -175,8 +175,9 @@ fn descriptor(socket: &Socket) -> BorrowedFd<'_> {
 
 /// Can one of these messages change a packet's way?
 ///
-/// A route to `tunnel` that goes is none: either its peer went, which ends that peer's verdicts, or
-/// the agent puts it back, and whoever asked the stack meanwhile would be lost.
+/// A route to a peer that comes or goes is none, nor is any to `tunnel` that goes: what a peer means
+/// for verdicts follows from the tables of peers, and of routes that the agent puts back, whoever
+/// asked the stack because of the first would be lost for want of its own.
 fn is_way(neighbours: &mut BTreeMap<Neighbour, Vec<u8>>, tunnel: u32, mut datagram: &[u8]) -> bool {
     let mut concerns = false;
     while !datagram.is_empty() {
@@ -185,9 +186,11 @@ fn is_way(neighbours: &mut BTreeMap<Neighbour, Vec<u8>>, tunnel: u32, mut datagr
         };
         let length = (message.header.length as usize + 3) & !3;
         concerns |= match message.payload {
+            NetlinkPayload::InnerMessage(
+                RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route),
+            ) if is_of_peer(&route) => false,
             NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelRoute(route))
-                if route.attributes.contains(&RouteAttribute::Oif(tunnel))
-                    || is_through_object(&route) =>
+                if route.attributes.contains(&RouteAttribute::Oif(tunnel)) =>
             {
                 false
             }
@@ -239,6 +242,8 @@ fn has_moved(neighbours: &mut BTreeMap<Neighbour, Vec<u8>>, message: &NeighbourM
 
 #[cfg(test)]
 mod tests {
+    use netlink_packet_route::route::{RouteAddress, RouteFlags, RouteMessage};
+
     use super::*;
 
     fn neighbour(interface: u32, address: [u8; 4], link: &[u8]) -> NeighbourMessage {
@@ -262,5 +267,39 @@ mod tests {
         assert!(!moved(2, 1, &[2, 1]), "of another interface");
         assert!(!moved(1, 1, &[]), "being asked for");
         assert!(moved(1, 1, &[2, 1]));
+    }
+
+    #[test]
+    fn a_route_is_a_way_unless_it_is_a_peers() {
+        const TUNNEL: u32 = 7;
+        let base = RouteAddress::Inet([10, 244, 1, 0].into());
+        let route = |gateway: [u8; 4], out| {
+            let mut route = RouteMessage::default();
+            route.header.address_family = AddressFamily::Inet;
+            route.header.table = 254;
+            route.header.flags = RouteFlags::Onlink;
+            route.attributes = vec![
+                RouteAttribute::Destination(base.clone()),
+                RouteAttribute::Gateway(RouteAddress::Inet(gateway.into())),
+                RouteAttribute::Oif(out),
+            ];
+            route
+        };
+        let is_way = |message| {
+            let mut message = NetlinkMessage::from(message);
+            message.finalize();
+            let mut bytes = vec![0; message.buffer_len()];
+            message.serialize(&mut bytes);
+            is_way(&mut BTreeMap::new(), TUNNEL, &bytes)
+        };
+        let (peer, other) = ([10, 244, 1, 0], [10, 244, 2, 0]);
+        // A device made anew has another index.
+        for out in [TUNNEL, TUNNEL + 1] {
+            assert!(!is_way(RouteNetlinkMessage::NewRoute(route(peer, out))));
+            assert!(!is_way(RouteNetlinkMessage::DelRoute(route(peer, out))));
+            assert!(is_way(RouteNetlinkMessage::NewRoute(route(other, out))));
+        }
+        assert!(!is_way(RouteNetlinkMessage::DelRoute(route(other, TUNNEL))));
+        assert!(is_way(RouteNetlinkMessage::DelRoute(route(other, 2))));
     }
 }
