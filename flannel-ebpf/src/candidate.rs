@@ -70,20 +70,7 @@ pub const fn again(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const EPOCH: Epoch = Epoch {
-        generation: 7,
-        grace_until: 0,
-        flags: 0,
-        validity: 2000,
-        probe_gap: 250,
-        recheck_gap: 5,
-        own_until: 0,
-        own_linger: 0,
-        class_generation: 0,
-        class_validity: 0,
-        class_patience: 0,
-    };
+    use crate::rows::EPOCH;
 
     /// Just before the low 16 bits of the jiffies wrap.
     const NOW: u32 = 0x2_fff0;

@@ -223,6 +223,78 @@ pub fn deliver<'a, F: Frame, T: Tables>(
     tables: &'a T,
     node: &NodeConfig,
 ) -> Result<Delivery<'a>, Reason> {
+    inward(frame, tables, node, |protocol| {
+        protocol == header::TCP || protocol == header::UDP
+    })
+}
+
+/// The same for an ICMP error.
+///
+/// # Errors
+/// As [`deliver`].
+#[inline(always)]
+pub fn deliver_error<'a, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &'a T,
+    node: &NodeConfig,
+) -> Result<Delivery<'a>, Reason> {
+    inward(frame, tables, node, |protocol| protocol == header::ICMP)
+}
+
+/// Is it a piece of a packet that a peer sent through the tunnel, as far as pieces can tell?
+#[inline(always)]
+pub fn is_piece<F: Frame, T: Tables>(frame: &F, tables: &T, node: &NodeConfig) -> bool {
+    frame.at::<Ipv4Hdr>(OUTER_IP).is_some_and(|outer| {
+        outer.proto == header::UDP
+            && header::is_fragment(outer)
+            && outer.dst_addr == node.vtep_addr
+            && tables.is_peer(outer.src_addr)
+    })
+}
+
+/// The same as [`deliver`] for a packet that the kernel has made whole of pieces and taken out of
+/// the tunnel. Of the outer header nothing is left: see [`is_piece`].
+///
+/// # Errors
+/// As [`deliver`].
+#[inline(always)]
+pub fn deliver_whole<'a, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &'a T,
+) -> Result<Delivery<'a>, Reason> {
+    let meta = frame.meta();
+    let ip = frame.at::<Ipv4Hdr>(OUTER_IP).ok_or(Reason::InMalformed)?;
+    if ip.vihl != 0x45 || header::is_fragment(ip) || ip.proto != header::TCP {
+        return Err(unfit(ip));
+    }
+    tables.remote(ip.src_addr).ok_or(Reason::InSourceUnknown)?;
+    let pod = tables.local_pod(ip.dst_addr).ok_or(Reason::InNotLocalPod)?;
+    if ip.ttl <= 1 {
+        return Err(Reason::InTtl);
+    }
+    if u32::from(ip.tot_len()) + OUTER_IP as u32 != meta.len {
+        return Err(Reason::InMalformed);
+    }
+    if segment_len(frame, ip, OUTER_IP, &meta).ok_or(Reason::InMalformed)? > pod.mtu {
+        return Err(Reason::InOverMtu);
+    }
+    Ok(Delivery {
+        pod,
+        ttl: ip.ttl,
+        protocol: ip.proto,
+        // The tunnel device has carried congestion marks over.
+        tos: (ip.tos, ip.tos),
+        check: ip.check,
+    })
+}
+
+#[inline(always)]
+fn inward<'a, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &'a T,
+    node: &NodeConfig,
+    carries: impl Fn(u8) -> bool,
+) -> Result<Delivery<'a>, Reason> {
     let meta = frame.meta();
     let tunnel = tunnel(frame, node)?;
     is_genuine(&tunnel, node, tables)?;
@@ -239,7 +311,7 @@ pub fn deliver<'a, F: Frame, T: Tables>(
     if header::is_fragment(inner) {
         return Err(Reason::InFragment);
     }
-    if inner.proto != header::TCP && inner.proto != header::UDP {
+    if !carries(inner.proto) {
         return Err(Reason::InProtocol);
     }
     if meta.gso_size != 0 && inner.proto == header::UDP {

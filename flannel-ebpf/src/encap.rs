@@ -196,6 +196,31 @@ pub fn encapsulate<'a, F: Frame, T: Tables>(
     tables: &'a T,
     node: &'a NodeConfig,
 ) -> Result<Encapsulation<'a>, Reason> {
+    outward(frame, tables, node, |protocol| {
+        protocol == header::TCP || protocol == header::UDP
+    })
+}
+
+/// The same for an ICMP error.
+///
+/// # Errors
+/// As [`encapsulate`].
+#[inline(always)]
+pub fn encapsulate_error<'a, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &'a T,
+    node: &'a NodeConfig,
+) -> Result<Encapsulation<'a>, Reason> {
+    outward(frame, tables, node, |protocol| protocol == header::ICMP)
+}
+
+#[inline(always)]
+fn outward<'a, F: Frame, T: Tables>(
+    frame: &F,
+    tables: &'a T,
+    node: &'a NodeConfig,
+    carries: impl Fn(u8) -> bool,
+) -> Result<Encapsulation<'a>, Reason> {
     let meta = frame.meta();
     let ethernet = frame.at::<Ethernet>(0).ok_or(Reason::OutMalformed)?;
     if meta.vlan || ethernet.ether_type != header::IPV4 {
@@ -226,7 +251,7 @@ pub fn encapsulate<'a, F: Frame, T: Tables>(
     if header::is_fragment(ip) {
         return Err(Reason::OutFragment);
     }
-    if ip.proto != header::TCP && ip.proto != header::UDP {
+    if !carries(ip.proto) {
         return Err(Reason::OutProtocol);
     }
     if ip.ttl <= 1 {

@@ -26,6 +26,8 @@ pub struct Ethernet {
 
 /// EtherType of IPv4.
 pub const IPV4: [u8; 2] = [0x08, 0x00];
+/// IP protocol number of ICMP.
+pub const ICMP: u8 = 1;
 /// IP protocol number of TCP.
 pub const TCP: u8 = 6;
 /// IP protocol number of UDP.

@@ -24,6 +24,8 @@ pub const FROM_TUNNEL: &str = "from_tunnel";
 pub const TO_POD: &str = "to_pod";
 /// Name of the program that only tells the time; see [`crate::validity`].
 pub const CLOCK: &str = "clock";
+/// Name of the program that does nothing: it keeps our places for a moment after switching off.
+pub const PARKED: &str = "parked";
 
 /// Array with one [`NodeConfig`].
 pub const NODE: &str = "NODE";

@@ -192,6 +192,7 @@ reasons! {
     OwnEnding: Own, Kernel, "own_ending", "a SYN took the stack: the entry of its tuple is about to be deleted, or the kernel has the tuple";
     OwnRecalled: Own, Kernel, "own_recalled", "a packet of an own connection that only the kernel can carry: the connection is handed over";
     OwnQuoted: Own, Kernel, "own_quoted", "an ICMP error about an own connection: the connection is handed over";
+    OwnWhole: Own, Forwarded, "own_whole", "a packet of an own connection came in pieces, was made whole by the kernel and delivered";
     OwnClashed: Own, Dropped, "own_clashed", "a SYN through a Service met an own connection on the same port: dropped once, sent again it gets another port";
 }
 

@@ -73,22 +73,9 @@ pub const fn standing(verdict: &Verdict, now: &Now) -> Standing {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rows::EPOCH;
 
     const SEEN: u32 = u32::MAX - 500; // across the wrap
-
-    const EPOCH: Epoch = Epoch {
-        generation: 7,
-        grace_until: 0,
-        flags: 0,
-        validity: 2000,
-        probe_gap: 250,
-        recheck_gap: 5,
-        own_until: 0,
-        own_linger: 0,
-        class_generation: 0,
-        class_validity: 0,
-        class_patience: 0,
-    };
 
     fn verdict() -> Verdict {
         Verdict {

@@ -279,13 +279,15 @@ async fn forward(
         conntrack_memory: options.control_socket.with_extension("conntrack"),
         ..options.ebpf.clone()
     };
-    let switch = Switch::new(
+    let mut switch = Switch::new(
         ebpf,
         options.datapath,
         options.control_socket.with_extension("mode"),
         setup.network,
     );
-    if !switch.wants_ebpf() {
+    if switch.wants_ebpf() {
+        switch.prepare();
+    } else {
         switch.clear();
     }
 

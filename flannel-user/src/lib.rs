@@ -12,6 +12,7 @@ pub mod config;
 pub mod control;
 pub mod datapath;
 pub mod docker_opts;
+mod error_chain;
 pub mod firewall;
 pub mod forwarding;
 pub mod health;

@@ -174,7 +174,6 @@ impl Reconciler {
             health,
         } = inputs;
         let mut ready = Some(ready);
-        self.switch.prepare();
         let mut events = Some(events);
         let mut next_check = Instant::now() + SLOW_CHECK;
         loop {
@@ -212,6 +211,7 @@ impl Reconciler {
                         events = None;
                     }
                 },
+                () = due(self.switch.parked_until()) => self.switch.shrink(),
                 () = tokio::time::sleep_until(next_check) => {
                     self.ways.routes_changed();
                     dirty = Dirty { thorough: true, ..Dirty::ALL };
@@ -271,7 +271,7 @@ impl Reconciler {
             pods.find(&mut self.rtnl, *subnet, *vni, exclusions).await;
         }
         if !self.switch.wants_ebpf() {
-            self.switch.turn_off();
+            self.switch.turn_off().await;
             self.ways.forget();
             return;
         }
@@ -284,7 +284,7 @@ impl Reconciler {
         if self.switch.ebpf().is_none() {
             wanted.remotes.unsettle();
         }
-        if self.switch.apply(&wanted, dirty.thorough) {
+        if self.switch.apply(&wanted, dirty.thorough).await {
             wanted.remotes.settle();
         }
         self.ways.put_back(wanted.remotes);
@@ -388,6 +388,14 @@ impl Reconciler {
                 Answer::from(self.status())
             }
         }
+    }
+}
+
+/// Waits until then; for ever without a time.
+async fn due(at: Option<std::time::Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -2,11 +2,11 @@
 
 use std::{collections::BTreeSet, time::Instant};
 
-use aya::maps::{HashMap, Map, MapData};
+use aya::maps::{Array, HashMap, IterableMap as _, Map, MapData};
 use bytemuck::Zeroable as _;
 use flannel_ebpf::{
     header,
-    layout::{DEFAULT_FLOWS, FLOWS_OUT, FlowKey, InFlow, OutFlow},
+    layout::{DEFAULT_FLOWS, EXCLUDED_PORTS, FLOWS_OUT, FlowKey, InFlow, OutFlow, PORT_WORDS},
 };
 use flannel_user::datapath::ebpf::{Programs, batch};
 
@@ -75,6 +75,27 @@ fn every_flow_is_read_once_and_quickly() {
     assert_eq!(visits, FLOWS as usize);
     // A debug build on a busy machine; key by key it would take several times as long.
     assert!(taken.as_secs_f64() < 1.0, "{taken:?}");
+}
+
+#[test]
+fn an_array_is_read_whole() {
+    let mut programs = programs();
+    let map = programs.ebpf_mut().map_mut(EXCLUDED_PORTS);
+    let mut words: Array<_, u64> = map.expect(EXCLUDED_PORTS).try_into().expect("an array");
+    for index in 0..PORT_WORDS {
+        words
+            .set(index, u64::from(index) << 32, 0)
+            .expect("written");
+    }
+    let mut read = Vec::new();
+    batch::for_each(words.map(), |index: &u32, word: &u64| {
+        read.push((*index, *word))
+    })
+    .expect("read");
+    let written: Vec<_> = (0..PORT_WORDS)
+        .map(|index| (index, u64::from(index) << 32))
+        .collect();
+    assert_eq!(read, written);
 }
 
 #[test]

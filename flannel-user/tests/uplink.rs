@@ -1,17 +1,11 @@
 //! Choice of the uplink against the real kernel, each test in a network namespace of its own.
 
 mod namespace;
+mod uplink_lookup;
 
-use flannel_user::uplink::{Uplink, UplinkChoice, UplinkError, choose};
+use flannel_user::uplink::{UplinkChoice, UplinkError};
 use namespace::{in_new_namespace, run};
-
-async fn chosen(choice: UplinkChoice) -> Result<Uplink, UplinkError> {
-    let (connection, handle, _) = rtnetlink::new_connection().expect("a connection");
-    let connection = tokio::spawn(connection);
-    let result = choose(&handle, &choice).await;
-    connection.abort();
-    result
-}
+use uplink_lookup::chosen;
 
 fn two_uplinks() {
     for (name, mtu, mac) in [

@@ -14,7 +14,7 @@ use anyhow::{Context, Result, ensure};
 use lab::{
     binaries,
     capture::{Capture, outer_headers},
-    exchange,
+    exchange::{self, RR_PORT},
     host::{self, HostState},
     lab::{Lab, Underlay},
     load::Load,
@@ -23,6 +23,7 @@ use lab::{
     paths::{Packets, Path, PathWatch, Way},
     pod::{Pod, Wiring},
     scenario::{scenario, scenario_over},
+    traffic::request_response::Protocol,
     wait,
 };
 use nix::{
@@ -301,10 +302,10 @@ fn the_wire_format_is_that_of_the_contract() {
 #[test]
 fn requests_and_responses_are_timed() {
     with_two_pods(|_, client, server| {
-        for protocol in ["tcp", "udp"] {
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
             let report = exchange::request_response(
                 client.namespace(),
-                (server.namespace(), server.address()),
+                (server.namespace(), server.at(RR_PORT)),
                 protocol,
                 0.3,
                 0,
@@ -313,7 +314,7 @@ fn requests_and_responses_are_timed() {
                 report.transactions > 1000 && report.latency.p50_us > 1.0,
                 "{report:?}"
             );
-            println!("{protocol}: {:.0} per second", report.per_second);
+            println!("{}: {:.0} per second", protocol.name(), report.per_second);
         }
         Ok(())
     });

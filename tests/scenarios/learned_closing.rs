@@ -2,7 +2,8 @@
 
 use anyhow::{Context, Result, ensure};
 use lab::{
-    conntrack::{self, Census, Refusals, check_alike},
+    closing::{Left, forget_resets_after, in_every_orderly_way},
+    conntrack::{self, Census, check_alike},
     kube::{CONNECTIONS_PORT, Kube, Via, compare, learned, pause},
     scenario::repetitions,
     traffic::connections::{ConnectionsReport, Ending},
@@ -12,67 +13,19 @@ use lab::{
 /// called CLOSE: conntrack has not seen all that came before the reset.
 const AFTER_RESET: u32 = 3;
 
-/// What is left on both nodes and in both pods.
-#[derive(Debug)]
-struct Left {
-    troubles: u64,
-    entries: [Census; 2],
-    sockets: [Census; 2],
-    refusals: [Refusals; 2],
-}
-
-fn left(kube: &Kube, troubles: u64) -> Result<Left> {
-    let (a, b) = kube.cluster.nodes();
-    let (client, server) = (kube.client().namespace(), kube.server().namespace());
-    Ok(Left {
-        troubles,
-        entries: [
-            conntrack::census(a.namespace())?,
-            conntrack::census(b.namespace())?,
-        ],
-        sockets: [conntrack::sockets(client)?, conntrack::sockets(server)?],
-        refusals: [Refusals::now(a.namespace())?, Refusals::now(b.namespace())?],
-    })
-}
-
-fn shorten(kube: &Kube) -> Result<()> {
-    let (a, b) = kube.cluster.nodes();
-    for node in [a, b] {
-        let key = "net.netfilter.nf_conntrack_tcp_timeout_close";
-        node.namespace().sysctl(key, &AFTER_RESET.to_string())?;
-    }
-    Ok(())
-}
-
 /// Every ending that the client brings about, then clients that vanish.
 fn close_in_every_way(kube: &Kube, via: Via) -> Result<Left> {
-    shorten(kube)?;
+    forget_resets_after(kube, AFTER_RESET)?;
     let count = u64::from(repetitions(1050, 10_000)) / 7;
     let arguments = format!("--count {count} --at-once 16 --exchanges 12 --size 512");
-    let mut troubles = 0;
     let before = kube.taken()?;
-    for ending in Ending::ORDERLY {
-        let (client, server) = kube.connections(via, ending, &arguments)?;
-        println!(
-            "{:?} {via:?} {ending:?}: {:.0}/s, client {} as meant, {} not; server {}, {}",
-            kube.side(),
-            client.established as f64 / client.seconds,
-            client.ended,
-            client.troubles(),
-            server.ended,
-            server.troubles()
-        );
-        ensure!(
-            client.corrupt + server.corrupt == 0,
-            "{client:?} {server:?}"
-        );
-        troubles += client.troubles() + server.troubles();
-    }
+    let what = format!("{:?} {via:?}", kube.side());
+    let troubles = in_every_orderly_way(&what, |ending| kube.connections(via, ending, &arguments))?;
     // Short as they are, each is bypassed for a while: else nothing is tested.
     kube.expect_bypassed(&before, 0.2)?;
     vanish(kube, via, count)?;
     pause(f64::from(repetitions(AFTER_RESET + 2, 15)));
-    left(kube, troubles)
+    Left::now(kube, troubles)
 }
 
 /// Clients fall silent for ever: their pod loses its link before they are killed.
@@ -97,12 +50,7 @@ fn vanish(kube: &Kube, via: Via, count: u64) -> Result<()> {
 }
 
 fn check(reference: &Left, found: &Left) -> Result<()> {
-    ensure!(
-        found.troubles <= reference.troubles,
-        "{} connections did not go as meant, {} on the kernel path",
-        found.troubles,
-        reference.troubles
-    );
+    found.check_pods(reference)?;
     for (index, name) in ["first", "second"].into_iter().enumerate() {
         let of = |what: &str| format!("{what} of the {name} node");
         println!(
@@ -114,12 +62,6 @@ fn check(reference: &Left, found: &Left) -> Result<()> {
             reference.refusals[index],
             found.refusals[index]
         );
-        check_alike(
-            &of("sockets of the pod"),
-            &without_time_wait(&reference.sockets[index]),
-            &without_time_wait(&found.sockets[index]),
-            2,
-        )?;
         check_alike(
             &of("entries"),
             &only_tcp(&reference.entries[index]),
@@ -158,12 +100,6 @@ fn only_tcp(census: &Census) -> Census {
     rows.map(|(kind, count)| (kind.clone(), *count)).collect()
 }
 
-/// Which end keeps that state is chance where both FINs cross.
-fn without_time_wait(census: &Census) -> Census {
-    let rows = census.iter().filter(|(kind, _)| *kind != "TIME_WAIT");
-    rows.map(|(kind, count)| (kind.clone(), *count)).collect()
-}
-
 fn closed_through(via: Via) {
     let left = compare(|kube| close_in_every_way(kube, via));
     check(&left.netlink, &left.learned).unwrap_or_else(|error| panic!("{error:?}"));
@@ -183,7 +119,7 @@ fn every_ending_through_a_service_leaves_what_the_kernel_path_leaves() {
 fn a_reset_after_three_gigabytes_ends_the_entry() {
     // More than half of the sequence space: only with tcp_ignore_invalid_rst is it believed.
     let live = |kube: &Kube| {
-        shorten(kube)?;
+        forget_resets_after(kube, AFTER_RESET)?;
         let before = kube.taken()?;
         let (client, server) = kube.connections(
             Via::Service,

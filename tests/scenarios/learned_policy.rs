@@ -51,7 +51,7 @@ fn deny_and_allow(kube: &Kube, node: &Node, by: By, via: Via) -> Result<()> {
     until_bypassed(kube)?;
     policy.deny()?;
     let denied = Instant::now();
-    let limit = if by == By::Ipset {
+    let limit = if by.is_silent() {
         WITHOUT_EVENT
     } else {
         WITH_EVENT
@@ -80,7 +80,7 @@ fn deny_and_allow(kube: &Kube, node: &Node, by: By, via: Via) -> Result<()> {
         allowed.elapsed()
     );
     // TCP has to wait for its own timer.
-    pause(if by == By::Ipset { 4.0 } else { 1.5 });
+    pause(if by.is_silent() { 4.0 } else { 1.5 });
     let before = kube.taken()?;
     pause(0.5);
     kube.expect_bypassed(&before, 0.8)

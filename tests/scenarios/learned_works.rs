@@ -6,6 +6,7 @@ use std::net::SocketAddrV4;
 use anyhow::{Context, Result, ensure};
 use flannel_user::observe::status::Mode;
 use lab::{
+    closing::in_every_orderly_way,
     exchange::{self, ECHO_PORT, RECEIVE_PORT, STREAM_PORT},
     kube::{self, CONNECTIONS_PORT, Kube, SERVICE, Side, Via, compare, learned, pause},
     node::UPLINK,
@@ -13,7 +14,6 @@ use lab::{
     scenario::{repetitions, scenario},
     task::Task,
     traffic::{
-        connections::Ending,
         datagrams::{ReceiveReport, SendReport},
         pinger::PingReport,
         request_response::Protocol,
@@ -118,17 +118,9 @@ fn inside(kube: &Kube, via: Via) -> Result<u64> {
     exchange::check_nothing_lost(&reports)?;
     kube.expect_bypassed(&before, MOST).context("datagrams")?;
     one_way(kube, via)?;
-    let mut troubles = 0;
-    for ending in Ending::ORDERLY {
-        let (client, server) = kube.connections(via, ending, "--count 30 --exchanges 12")?;
-        println!("{:?} {via:?} {ending:?}: {client:?}", kube.side());
-        ensure!(
-            client.corrupt == 0 && server.corrupt == 0,
-            "wrong data: {client:?} {server:?}"
-        );
-        troubles += client.troubles() + server.troubles();
-    }
-    Ok(troubles)
+    in_every_orderly_way(&format!("{:?} {via:?}", kube.side()), |ending| {
+        kube.connections(via, ending, "--count 30 --exchanges 12")
+    })
 }
 
 /// Nobody answers, and still it is bypassed.
@@ -190,16 +182,9 @@ fn outside(kube: &Kube) -> Result<u64> {
         "the outside sees {:?} instead of the node",
         received.senders
     );
-    let mut troubles = 0;
-    for ending in Ending::ORDERLY {
-        let to = at(CONNECTIONS_PORT);
-        let (client, server) = kube::connections(client, to, ending, "--count 15")?;
-        ensure!(
-            client.corrupt == 0 && server.corrupt == 0,
-            "wrong data: {client:?} {server:?}"
-        );
-        troubles += client.troubles() + server.troubles();
-    }
+    let troubles = in_every_orderly_way("outside", |ending| {
+        kube::connections(client, at(CONNECTIONS_PORT), ending, "--count 15")
+    })?;
     let taken = kube.taken()?;
     let tunnelled = taken[0].since(before[0]).encapsulated + taken[1].since(before[1]).encapsulated;
     ensure!(

@@ -243,6 +243,26 @@ impl Agent {
         self.child.id()
     }
 
+    /// Time that its threads have run for so far, those that live.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        let mut nanoseconds = 0;
+        for task in fs::read_dir(format!("/proc/{}/task", self.pid()))? {
+            // A thread may end meanwhile.
+            let Ok(text) = fs::read_to_string(task?.path().join("schedstat")) else {
+                continue;
+            };
+            let ran = text
+                .split_whitespace()
+                .next()
+                .context("an empty schedstat")?;
+            nanoseconds += ran.parse::<u64>()?;
+        }
+        Ok(Duration::from_nanos(nanoseconds))
+    }
+
     /// The node it runs on.
     #[must_use]
     pub fn node(&self) -> &Node {

@@ -11,6 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use flannel_ebpf::rows::checksum;
 use flannel_user::mac::MacAddr;
 use nix::{
     sys::signal::{Signal, kill},
@@ -239,13 +240,7 @@ fn addresses(ip: &[u8]) -> (Ipv4Addr, Ipv4Addr) {
 }
 
 fn checksum_is_right(header: &[u8]) -> bool {
-    let sum: u32 = header
-        .as_chunks::<2>()
-        .0
-        .iter()
-        .map(|pair| u32::from(u16::from_be_bytes(*pair)))
-        .sum();
-    (sum & 0xffff) + (sum >> 16) == 0xffff
+    checksum(header) == [0, 0]
 }
 
 /// The frames of a little-endian pcap file.

@@ -22,6 +22,17 @@ pub fn census(namespace: &Namespace) -> Result<Census> {
     Ok(census)
 }
 
+/// The TCP connections that it believes to be alive, by state.
+///
+/// # Errors
+/// As [`census`].
+pub fn alive(namespace: &Namespace) -> Result<Census> {
+    let over = ["tcp TIME_WAIT", "tcp CLOSE"];
+    let mut census = census(namespace)?;
+    census.retain(|kind, _| kind.starts_with("tcp") && !over.contains(&kind.as_str()));
+    Ok(census)
+}
+
 /// The table as text, one entry a line.
 ///
 /// # Errors

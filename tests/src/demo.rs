@@ -13,13 +13,14 @@ use crate::{
     agent::{Agent, AgentOptions},
     binaries,
     cluster::{Cluster, introduce, path_of},
-    exchange,
+    exchange::{self, RR_PORT},
     lab::Lab,
     load::{Load, RATE},
     node::Node,
     paths::{Path, PathWatch},
     pod::Pod,
     scratch,
+    traffic::request_response::Protocol,
 };
 
 /// Arguments of `lab demo`.
@@ -216,8 +217,8 @@ fn compare(cluster: &Cluster) -> Result<()> {
             cluster.warm_up()?;
             let rr = exchange::request_response(
                 client.namespace(),
-                (server.namespace(), server.address()),
-                "tcp",
+                (server.namespace(), server.at(RR_PORT)),
+                Protocol::Tcp,
                 0.7,
                 CPU,
             )?;

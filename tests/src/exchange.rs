@@ -8,6 +8,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use anyhow::{Context, Result, anyhow, ensure};
 
 use crate::{
+    ends::Ends,
     namespace::Namespace,
     paths,
     pod::Pod,
@@ -15,7 +16,7 @@ use crate::{
     traffic::{
         datagrams::{ReceiveReport, SendReport},
         pinger::{EchoReport, PingReport},
-        request_response::{RrReport, ServeReport},
+        request_response::{Protocol, RrReport, ServeReport},
         route::RouteReport,
         stream::StreamReport,
     },
@@ -141,12 +142,14 @@ pub fn slowest_second(samples: &[u64]) -> Result<SlowestSecond> {
     })
 }
 
+/// A pod's server of that port, where it is and as a client addresses it.
+fn at(to: &Pod, port: u16) -> (&Namespace, SocketAddrV4) {
+    (to.namespace(), to.at(port))
+}
+
 /// A stream of `arguments` (as of `lab stream`) that runs until told or to its bound.
 #[derive(Debug)]
-pub struct RunningStream {
-    client: Task,
-    server: Task,
-}
+pub struct RunningStream(Ends);
 
 impl RunningStream {
     /// Connects.
@@ -154,11 +157,7 @@ impl RunningStream {
     /// # Errors
     /// When a tool does not start.
     pub fn start(from: &Pod, to: &Pod, arguments: &str) -> Result<Self> {
-        Self::start_at(
-            from.namespace(),
-            (to.namespace(), to.at(STREAM_PORT)),
-            arguments,
-        )
+        Self::start_at(from.namespace(), at(to, STREAM_PORT), arguments)
     }
 
     /// Connects to `target`, behind which the server in `to` is reached at the same port.
@@ -167,12 +166,11 @@ impl RunningStream {
     /// As [`Self::start`].
     pub fn start_at(
         from: &Namespace,
-        (to, target): (&Namespace, SocketAddrV4),
+        to: (&Namespace, SocketAddrV4),
         arguments: &str,
     ) -> Result<Self> {
-        let server = Task::start(to, &format!("stream-serve --port {}", target.port()))?;
-        let client = Task::start(from, &format!("stream --to {target} {arguments}"))?;
-        Ok(Self { client, server })
+        let ends = Ends::start(from, to, "stream-serve", &format!("stream {arguments}"))?;
+        Ok(Self(ends))
     }
 
     /// Waits for the bound.
@@ -181,8 +179,8 @@ impl RunningStream {
     /// When the connection broke.
     pub fn result(self) -> Result<Stream> {
         Ok(Stream {
-            client: self.client.result()?,
-            server: self.server.result()?,
+            client: self.0.client.result()?,
+            server: self.0.server.result()?,
         })
     }
 
@@ -192,8 +190,8 @@ impl RunningStream {
     /// When the connection broke.
     pub fn finish(self) -> Result<Stream> {
         Ok(Stream {
-            client: self.client.finish()?,
-            server: self.server.result()?,
+            client: self.0.client.finish()?,
+            server: self.0.server.result()?,
         })
     }
 }
@@ -212,10 +210,7 @@ pub fn stream(from: &Pod, to: &Pod, direction: &str, bytes: u64) -> Result<Strea
 
 /// Numbered datagrams under way to an echo and back.
 #[derive(Debug)]
-pub struct RunningPing {
-    client: Task,
-    server: Task,
-}
+pub struct RunningPing(Ends);
 
 impl RunningPing {
     /// Starts `rate` datagrams a second, until told.
@@ -227,26 +222,21 @@ impl RunningPing {
     }
 
     fn with(from: &Pod, to: &Pod, arguments: &str) -> Result<Self> {
-        Self::start_at(
-            from.namespace(),
-            (to.namespace(), to.at(ECHO_PORT)),
-            arguments,
-        )
+        Self::start_at(from.namespace(), at(to, ECHO_PORT), arguments)
     }
 
     /// Sends with `arguments` of `lab udp-ping` to `target`, behind which the
-    /// echo in `to` is reached.
+    /// echo in `to` is reached at the same port.
     ///
     /// # Errors
     /// As [`Self::start`].
     pub fn start_at(
         from: &Namespace,
-        (to, target): (&Namespace, SocketAddrV4),
+        to: (&Namespace, SocketAddrV4),
         arguments: &str,
     ) -> Result<Self> {
-        let server = Task::start(to, &format!("udp-echo --port {ECHO_PORT}"))?;
-        let client = Task::start(from, &format!("udp-ping --to {target} {arguments}"))?;
-        Ok(Self { client, server })
+        let ends = Ends::start(from, to, "udp-echo", &format!("udp-ping {arguments}"))?;
+        Ok(Self(ends))
     }
 
     /// Waits until `--count` datagrams are sent and the last echoes are there.
@@ -254,7 +244,7 @@ impl RunningPing {
     /// # Errors
     /// When a tool failed.
     pub fn result(self) -> Result<(PingReport, EchoReport)> {
-        Ok((self.client.result()?, self.server.finish()?))
+        self.0.result()
     }
 
     /// Stops sending, waits for the last echoes, and gives both counts.
@@ -262,8 +252,7 @@ impl RunningPing {
     /// # Errors
     /// When a tool failed.
     pub fn finish(self) -> Result<(PingReport, EchoReport)> {
-        let report = self.client.finish()?;
-        Ok((report, self.server.finish()?))
+        self.0.finish()
     }
 }
 
@@ -376,35 +365,27 @@ pub fn route(from: &Pod, to: Ipv4Addr) -> Result<RouteReport> {
     from.tool(&format!("route --to {to}"))?.result()
 }
 
-/// Requests and responses of 64 bytes, both ends on CPU `cpu`.
+/// Requests and responses of 64 bytes, both ends on CPU `cpu`. The client in `from` addresses
+/// `target`, behind which the server in `to` is reached at the same port.
 ///
 /// # Errors
 /// When the connection broke.
 pub fn request_response(
     from: &Namespace,
-    (to, address): (&Namespace, Ipv4Addr),
-    protocol: &str,
+    (to, target): (&Namespace, SocketAddrV4),
+    protocol: Protocol,
     seconds: f64,
     cpu: usize,
 ) -> Result<RrReport> {
-    let server = Task::start(
-        to,
-        &format!("rr-serve --protocol {protocol} --port {RR_PORT} --cpu {cpu}"),
-    )?;
-    let report: RrReport = Task::start(
+    let common = format!("--protocol {} --cpu {cpu}", protocol.name());
+    let (report, served): (RrReport, ServeReport) = Ends::start(
         from,
-        &format!(
-            "rr --protocol {protocol} --to {address}:{RR_PORT} --seconds {seconds} --cpu {cpu}"
-        ),
+        (to, target),
+        &format!("rr-serve {common}"),
+        &format!("rr {common} --seconds {seconds}"),
     )?
     .result()?;
-    let served: ServeReport = server.finish()?;
-    ensure!(
-        served.answered == report.all_transactions,
-        "{} requests were answered, {} responses came",
-        served.answered,
-        report.all_transactions
-    );
+    served.check(report.all_transactions)?;
     Ok(report)
 }
 

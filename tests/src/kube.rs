@@ -13,6 +13,7 @@ use flannel_user::observe::status::Mode;
 use crate::{
     agent::AgentOptions,
     cluster::Cluster,
+    ends::Ends,
     exchange::{ECHO_PORT, RECEIVE_PORT, RR_PORT, RunningPing, RunningStream, STREAM_PORT},
     lab::Lab,
     namespace::Namespace,
@@ -21,7 +22,6 @@ use crate::{
     pod::Pod,
     scenario::scenario,
     services::Rules,
-    task::Task,
     traffic::{
         connections::{ConnectionsReport, Ending},
         many_flows::ManyReport,
@@ -44,9 +44,9 @@ const UDP_PORTS: [u16; 4] = [ECHO_PORT, RR_PORT, MANY_PORT, RECEIVE_PORT];
 pub enum Side {
     /// The kernel's: the reference.
     Netlink,
-    /// The learned fast path.
+    /// The learned fast path, where every connection opens and ends in the kernel.
     Learned,
-    /// The same with short connections by classes.
+    /// The same with short connections by classes: the default.
     Classes,
     /// The learned fast path, and TCP between pods from its SYN on.
     Direct,
@@ -58,8 +58,8 @@ impl Side {
     pub fn options(self) -> AgentOptions {
         match self {
             Self::Netlink => AgentOptions::in_mode(Mode::Netlink),
-            Self::Learned => AgentOptions::in_mode(Mode::Ebpf).fast_path("learned"),
-            Self::Classes => Self::Learned.options().argument("--fast-path-classes=auto"),
+            Self::Learned => Self::Classes.options().argument("--fast-path-classes=off"),
+            Self::Classes => AgentOptions::in_mode(Mode::Ebpf).fast_path("learned"),
             Self::Direct => AgentOptions::in_mode(Mode::Ebpf).fast_path("direct"),
         }
     }
@@ -275,17 +275,12 @@ pub fn with_endpoint(rules: Rules, server: &Pod) -> Rules {
 /// When a tool failed.
 pub fn connections(
     from: &Namespace,
-    (to, target): (&Namespace, SocketAddrV4),
+    to: (&Namespace, SocketAddrV4),
     ending: Ending,
     arguments: &str,
 ) -> Result<(ConnectionsReport, ConnectionsReport)> {
-    let server = Task::start(to, &format!("connections-serve --port {CONNECTIONS_PORT}"))?;
-    let ending = ending.name();
-    let client = Task::start(
-        from,
-        &format!("connections --to {target} --ending {ending} {arguments}"),
-    )?;
-    Ok((client.result()?, server.finish()?))
+    let ask = format!("connections --ending {} {arguments}", ending.name());
+    Ends::start(from, to, "connections-serve", &ask)?.result()
 }
 
 /// What the same body gave on both sides.

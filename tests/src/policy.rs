@@ -13,16 +13,23 @@ pub enum By {
     Nft,
     /// A rule in FORWARD, written by the `iptables` command.
     Iptables,
+    /// The same by `iptables-legacy`, which tells nobody.
+    Legacy,
     /// A standing rule that looks into a set; only the set's members change.
     Ipset,
 }
 
 impl By {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Nft, Self::Iptables, Self::Ipset];
+    pub const ALL: [Self; 4] = [Self::Nft, Self::Iptables, Self::Legacy, Self::Ipset];
+
+    /// Does a change make no event?
+    #[must_use]
+    pub const fn is_silent(self) -> bool {
+        matches!(self, Self::Legacy | Self::Ipset)
+    }
 }
 
-const SET: &str = "lab-denied";
 const TABLE: &str = "lab-policy";
 
 /// What can deny the packets of one pair of pods, in one direction; it does not yet.
@@ -49,12 +56,13 @@ impl Policy {
                 );
                 namespace.run_with_input(&["nft", "-f", "-"], &text)?;
             }
-            By::Iptables => {}
+            By::Iptables | By::Legacy => {}
             By::Ipset => {
-                run(namespace, &format!("ipset create {SET} hash:ip"))?;
+                let set = set_for(to);
+                run(namespace, &format!("ipset create {set} hash:ip"))?;
                 run(
                     namespace,
-                    &format!("iptables -I FORWARD -s {from} -m set --match-set {SET} dst -j DROP"),
+                    &format!("iptables -I FORWARD -s {from} -m set --match-set {set} dst -j DROP"),
                 )?;
             }
         }
@@ -77,7 +85,8 @@ impl Policy {
                 format!("nft add rule ip {TABLE} forward ip saddr {from} ip daddr {to} drop")
             }
             By::Iptables => format!("iptables -I FORWARD -s {from} -d {to} -j DROP"),
-            By::Ipset => format!("ipset add {SET} {to}"),
+            By::Legacy => format!("iptables-legacy -I FORWARD -s {from} -d {to} -j DROP"),
+            By::Ipset => format!("ipset add {} {to}", set_for(to)),
         })
     }
 
@@ -90,13 +99,19 @@ impl Policy {
         self.run(&match self.by {
             By::Nft => format!("nft flush chain ip {TABLE} forward"),
             By::Iptables => format!("iptables -D FORWARD -s {from} -d {to} -j DROP"),
-            By::Ipset => format!("ipset del {SET} {to}"),
+            By::Legacy => format!("iptables-legacy -D FORWARD -s {from} -d {to} -j DROP"),
+            By::Ipset => format!("ipset del {} {to}", set_for(to)),
         })
     }
 
     fn run(&self, words: &str) -> Result<()> {
         run(self.node.namespace(), words)
     }
+}
+
+/// A set for each destination.
+fn set_for(to: Ipv4Addr) -> String {
+    format!("lab-{to}")
 }
 
 fn run(namespace: &Namespace, words: &str) -> Result<()> {

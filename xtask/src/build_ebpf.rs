@@ -18,6 +18,9 @@ pub(crate) struct Options {
     /// Log a line for each packet that is left to the kernel (slow).
     #[arg(long)]
     trace: bool,
+    /// Name source lines, which the verifier quotes where it refuses a program.
+    #[arg(long)]
+    lines: bool,
     /// Build flannel-slowed.o beside it instead, whose programs take 500 ns more.
     #[arg(long, conflicts_with = "trace")]
     slowed: bool,
@@ -30,29 +33,29 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         println!("{}", build_slowed(&tools)?.display());
         return Ok(());
     }
-    let object = build(&tools, options.trace)?;
+    let object = build(&tools, options.trace, options.lines)?;
     println!("{object}");
     Ok(())
 }
 
 /// Builds the object and says where it is and how large.
-pub(crate) fn build(toolchain: &Toolchain, trace: bool) -> Result<String> {
+pub(crate) fn build(toolchain: &Toolchain, trace: bool, lines: bool) -> Result<String> {
     let features = if trace { "kernel,trace" } else { "kernel" };
     let object = workspace::kernel_object();
-    let size = build_with(toolchain, features, &object)?;
+    let size = build_with(toolchain, features, lines, &object)?;
     Ok(format!("{} ({size} bytes)", object.display()))
 }
 
 /// Builds the object whose programs take 500 ns more, beside the right one.
 pub(crate) fn build_slowed(toolchain: &Toolchain) -> Result<PathBuf> {
     let object = workspace::kernel_object().with_file_name("flannel-slowed.o");
-    build_with(toolchain, "kernel,slowed", &object)?;
+    build_with(toolchain, "kernel,slowed", false, &object)?;
     Ok(object)
 }
 
-fn build_with(toolchain: &Toolchain, features: &str, object: &Path) -> Result<usize> {
+fn build_with(toolchain: &Toolchain, features: &str, lines: bool, object: &Path) -> Result<usize> {
     let target_dir = workspace::artifacts().join("ebpf-build");
-    let mut cargo = toolchain.kernel_cargo("build");
+    let mut cargo = toolchain.kernel_cargo("build", lines);
     cargo
         .args(["--profile", "kernel"])
         .args(["--features", features])

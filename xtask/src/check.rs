@@ -12,7 +12,7 @@ pub(crate) struct Options {}
 pub(crate) fn run(_: &Options) -> Result<()> {
     let toolchain = setup::build_tools()?;
     // The agent embeds the object: nothing that depends on it compiles without.
-    build_ebpf::build(&toolchain, false)?;
+    build_ebpf::build(&toolchain, false, false)?;
 
     let mut format = workspace::cargo();
     format.args(["fmt", "--all", "--check"]);
@@ -20,7 +20,7 @@ pub(crate) fn run(_: &Options) -> Result<()> {
     lints
         .args(["clippy", "--workspace", "--all-targets"])
         .args(["--", "-D", "warnings"]);
-    let mut kernel_lints = toolchain.kernel_cargo("clippy");
+    let mut kernel_lints = toolchain.kernel_cargo("clippy", false);
     kernel_lints
         .args(["--profile", "kernel", "--features", "kernel,trace,slowed"])
         .arg("--target-dir")

@@ -10,7 +10,7 @@ use crate::{build_ebpf, command, setup, workspace};
 
 /// Everything that the lab's verbs run, built for release.
 pub(crate) fn build() -> Result<()> {
-    build_ebpf::build(&setup::build_tools()?, false)?;
+    build_ebpf::build(&setup::build_tools()?, false, false)?;
     command::run(workspace::cargo().args([
         "build",
         "--release",

@@ -80,7 +80,7 @@ struct Outcome {
 pub(crate) fn run(options: &Options) -> Result<()> {
     let started = Instant::now();
     setup::lab()?;
-    build_ebpf::build(&setup::build_tools()?, false)?;
+    build_ebpf::build(&setup::build_tools()?, false, false)?;
     // The scenarios start the agent's binary, which `cargo test` alone would not build.
     command::run(workspace::cargo().args([
         "build",

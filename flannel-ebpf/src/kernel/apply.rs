@@ -133,6 +133,31 @@ pub(super) fn deliver(context: &TcContext, way: &Delivery<'_>) -> (Reason, i32) 
     (Reason::Decapsulated, verdict as i32)
 }
 
+/// Puts a packet that the kernel has taken out of the tunnel into the pod's namespace.
+#[inline(always)]
+pub(super) fn hand_in(context: &TcContext, way: &Delivery<'_>) -> (Reason, i32) {
+    let pod = *way.pod;
+    let (tos, ttl, check) = way.next_hop();
+    let Some(headers) = wire::writable::<{ IP + 20 }>(context, 0) else {
+        return (Reason::InMalformed, NEXT);
+    };
+    // SAFETY: an Ethernet and an IPv4 header's worth of writable bytes.
+    unsafe {
+        headers.cast::<Ethernet>().write_unaligned(Ethernet {
+            destination: pod.mac,
+            source: pod.gateway_mac,
+            ether_type: IPV4,
+        });
+        (*headers)[IP + 1] = tos;
+        (*headers)[IP + 8] = ttl;
+        (*headers)[IP + 10] = check[0];
+        (*headers)[IP + 11] = check[1];
+    }
+    // SAFETY: a helper without memory arguments.
+    let verdict = unsafe { bpf_redirect_peer(pod.ifindex, 0) };
+    (Reason::OwnWhole, verdict as i32)
+}
+
 /// Where the far end of a flow stands in a packet.
 #[derive(Clone, Copy)]
 enum FarEnd {

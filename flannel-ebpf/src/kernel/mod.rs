@@ -50,6 +50,8 @@ fn learning() -> Option<&'static NodeConfig> {
 }
 
 /// Ingress of a pod's host-side veth.
+// A call of its own would cost 32 bytes of the 512 that Linux 6.1 allows a chain of calls.
+#[inline(always)]
 #[classifier]
 pub(crate) fn from_pod(context: TcContext) -> i32 {
     let wire = Wire::new(&context);
@@ -61,12 +63,20 @@ pub(crate) fn from_pod(context: TcContext) -> i32 {
     finish(&context, outcome, len)
 }
 
+/// A pod's packet that the stack has.
+struct Left {
+    reason: Reason,
+    /// What the stack makes of it is of interest.
+    note: bool,
+}
+
 /// From a pod, where ways are learned.
 #[inline(always)]
 fn leave(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Result<(Reason, i32), Reason> {
     // A pod's own sign means nothing here.
     wire::set_sign(context, sign::NONE);
-    let (packet, reason) = match encap::leave(wire, &KernelTables, node) {
+    // Each of `unknown_out` and `note` is there once: they are most of the program.
+    let (packet, known) = match encap::leave(wire, &KernelTables, node) {
         Leave::Known(hit, packet) => match hit {
             Hit::Bypass { flow, probe: false } => {
                 return Ok(apply::send_learned(context, flow, &packet));
@@ -74,25 +84,36 @@ fn leave(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Result<(Reason,
             // On the way out nothing queues between the two sightings: the packet itself asks.
             Hit::Bypass { flow, probe: true } => {
                 apply::asked(&flow.verdict);
-                (packet, Reason::OutProbe)
+                (packet, Some(Reason::OutProbe))
             }
-            Hit::Kernel { reason, note: true } => (packet, reason),
+            Hit::Kernel { reason, note: true } => (packet, Some(reason)),
             Hit::Kernel { reason, .. } => return Err(reason),
             Hit::End(flow) => {
                 end(Way::Out, &packet.key, &flow.verdict);
-                return unknown_out(context, wire, node, &packet);
+                (packet, None)
             }
         },
-        Leave::Unknown(packet) => return unknown_out(context, wire, node, &packet),
+        Leave::Unknown(packet) => (packet, None),
         Leave::Kernel(reason) => {
-            if reason == Reason::OutProtocol {
-                own::quoted(wire, ETHERNET, Way::Out);
+            if reason == Reason::OutProtocol
+                && let Some(outcome) = own::complained(context, wire, node)
+            {
+                return Ok(outcome);
             }
             return Err(reason);
         }
     };
-    watch::note(wire, ETHERNET, &packet, node, Way::Out, false);
-    Err(reason)
+    let left = match known {
+        Some(reason) => Left { reason, note: true },
+        None => match unknown_out(context, wire, node, &packet) {
+            Ok(outcome) => return Ok(outcome),
+            Err(left) => left,
+        },
+    };
+    if left.note {
+        watch::note(wire, ETHERNET, &packet, node, Way::Out, false);
+    }
+    Err(left.reason)
 }
 
 /// From a pod, and no verdict carries it.
@@ -102,28 +123,24 @@ fn unknown_out(
     wire: &Wire,
     node: &NodeConfig,
     packet: &Packet,
-) -> Result<(Reason, i32), Reason> {
-    let mut reason = Reason::OutUnlearned;
+) -> Result<(Reason, i32), Left> {
+    let left = |reason, note| Err(Left { reason, note });
     if packet.key.protocol == header::TCP {
         match own::out(context, wire, node, packet) {
             Own::Carried(outcome) => return Ok(outcome),
-            Own::Kernel(reason) => return Err(reason),
-            Own::Stranger => {}
-            Own::Opening => {}
+            Own::Kernel(reason) => return left(reason, false),
+            Own::Stranger | Own::Opening => {}
         }
         // What the stack makes of it tells whether the next may pass without asking, and whether
         // the kernel chooses its port.
         if packet.is_handshake() && opening::is_wanted(node) {
-            watch::note(wire, ETHERNET, packet, node, Way::Out, false);
-            return Err(Reason::OutBoundary);
+            return left(Reason::OutBoundary, true);
         }
     }
-    if let Err(other) = encap::ask(wire, &KernelTables, node, packet) {
-        reason = other;
-    } else if watch::is_met(packet, node, Way::Out) {
-        watch::note(wire, ETHERNET, packet, node, Way::Out, false);
+    match encap::ask(wire, &KernelTables, node, packet) {
+        Ok(()) => left(Reason::OutUnlearned, watch::is_met(packet, node, Way::Out)),
+        Err(reason) => left(reason, false),
     }
-    Err(reason)
 }
 
 /// A connection ends or begins anew: both directions go back to the stack.
@@ -169,31 +186,34 @@ fn arrive(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Result<(Reason
     if wire::sign(context) == sign::PROBE {
         return Err(Reason::InProbe);
     }
-    match decap::arrive(wire, &KernelTables, node) {
+    let packet = match decap::arrive(wire, &KernelTables, node) {
         Arrive::Known(hit, packet, tos) => match hit {
             Hit::Bypass { flow, probe } => {
                 if probe {
                     apply::ask(context, &flow.verdict, wire.meta().ifindex);
                 }
-                Ok(apply::deliver_learned(context, flow, &packet, tos))
+                return Ok(apply::deliver_learned(context, flow, &packet, tos));
             }
-            Hit::Kernel { reason, .. } => Err(reason),
+            Hit::Kernel { reason, .. } => return Err(reason),
             Hit::End(flow) => {
                 end(Way::In, &packet.key, &flow.verdict);
-                unknown_in(context, wire, node, &packet)
+                packet
             }
         },
-        Arrive::Unknown => match Packet::read(wire, INNER_IP) {
-            Some(packet) => unknown_in(context, wire, node, &packet),
-            None => Err(Reason::InMalformed),
-        },
+        Arrive::Unknown => Packet::read(wire, INNER_IP).ok_or(Reason::InMalformed)?,
         Arrive::Kernel(reason) => {
-            if reason == Reason::InProtocol {
-                own::quoted(wire, INNER_IP, Way::In);
+            if reason == Reason::InProtocol
+                && let Some(outcome) = own::complained_of(context, wire, node)
+            {
+                return Ok(outcome);
             }
-            Err(reason)
+            if reason == Reason::InOuterForm && decap::is_piece(wire, &KernelTables, node) {
+                wire.set_sign(sign::PIECE);
+            }
+            return Err(reason);
         }
-    }
+    };
+    unknown_in(context, wire, node, &packet)
 }
 
 /// From a peer, and no verdict carries it.
@@ -222,6 +242,9 @@ fn unknown_in(
 #[classifier]
 pub(crate) fn from_tunnel(context: TcContext) -> i32 {
     let question = wire::sign(&context);
+    if question == sign::PIECE {
+        return made_whole(&context);
+    }
     if question != sign::PROBE && question != sign::KNOWN && question != sign::STRANGE {
         return NEXT;
     }
@@ -241,6 +264,17 @@ pub(crate) fn from_tunnel(context: TcContext) -> i32 {
         watch::note(&wire, ETHERNET, &packet, node, Way::In, probe);
     }
     NEXT
+}
+
+/// A packet came in pieces, which nobody but the kernel could make whole. Conntrack does not know
+/// an own connection, so the packet must not go on to it.
+#[inline(always)]
+fn made_whole(context: &TcContext) -> i32 {
+    let wire = Wire::new(context);
+    wire.set_sign(sign::NONE);
+    learning()
+        .and_then(|node| own::whole(context, &wire, node))
+        .unwrap_or(NEXT)
 }
 
 /// Egress of a pod's host-side veth: what the stack made of a peer's packet.
@@ -307,6 +341,12 @@ pub(crate) fn to_uplink(context: TcContext) -> i32 {
 #[classifier]
 pub(crate) fn clock(_context: TcContext) -> i32 {
     maps::jiffies() as i32
+}
+
+/// Does nothing, in the place of any of the others, while an operator has switched them off.
+#[classifier]
+pub(crate) fn parked(_context: TcContext) -> i32 {
+    NEXT
 }
 
 /// Counts the outcome once and turns it into the hook's answer.

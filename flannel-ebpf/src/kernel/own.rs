@@ -4,10 +4,11 @@ use aya_ebpf::programs::TcContext;
 use flannel_ebpf::{
     decap, encap,
     frame::Frame as _,
+    header,
     layout::{Class, FlowKey, LocalPod, NodeConfig, OwnFlow, generation_slot},
     outer::INNER_IP,
     own::{
-        self, Meeting, Segment, Stage,
+        self, Meeting, Segment,
         class::{self, Now, Standing},
         opening, quoted as quotation,
     },
@@ -142,24 +143,21 @@ fn admit(
         // SAFETY: a map's value that only the agent deletes, long after its last packet; each end
         // writes its own bytes.
         let flow = unsafe { &mut *entry };
-        let before = own::stage(flow);
+        let before = own::is_settled(flow);
         if !own::advance(flow, way, segment, now) {
             return Err(Own::Stranger);
         }
-        if before < Stage::Established
-            && own::stage(flow) >= Stage::Established
-            && opening::needs_class(node)
-        {
-            let opener = if flow.opener == Way::Out as u8 {
-                Way::Out
-            } else {
-                Way::In
-            };
+        if !before && own::is_settled(flow) && opening::needs_class(node) {
+            let opener = own::opener(flow.opener);
             if let Some(class) = maps::class(&opening::class(key, opener)) {
                 // SAFETY: a map's value; a lost count is found again.
                 unsafe { class::settles(&mut *class) };
             }
         }
+        return Ok(());
+    }
+    // SAFETY: as above.
+    if entry.is_some_and(|entry| own::crosses(unsafe { &*entry }, way)) {
         return Ok(());
     }
     let len = wire.meta().len;
@@ -233,20 +231,78 @@ fn ask_class(packet: &Packet, key: &FlowKey, way: Way, now: u32) -> Result<*mut 
     }
 }
 
-/// Hands over the connection that an ICMP error speaks of: conntrack would call the error INVALID.
+/// An ICMP error that a pod sent about an own connection: conntrack would call it INVALID.
 #[inline(always)]
-pub(super) fn quoted(wire: &Wire, ip: usize, way: Way) {
-    let Some(quoted) = quotation::flow(wire, ip) else {
-        return;
-    };
-    // What comes in is about what the pod has sent.
-    let key = match way {
-        Way::In => quoted,
-        Way::Out => quoted.reversed(),
-    };
-    if let Some(entry) = maps::own(&key) {
-        // SAFETY: a map's value; a single byte, which nobody sets back.
-        unsafe { (*entry).recalled = 1 };
-        counters::count(Reason::OwnQuoted, wire.meta().len);
+pub(super) fn complained(
+    context: &TcContext,
+    wire: &Wire,
+    node: &NodeConfig,
+) -> Option<(Reason, i32)> {
+    let quotation = quotation::read(wire, ETHERNET)?;
+    recall(&quotation.flow.reversed(), wire.meta().len)?;
+    if quotation.sender != quotation.flow.dst {
+        return None;
     }
+    let way = encap::encapsulate_error(wire, &KernelTables, node).ok()?;
+    Some(apply::send(context, &way))
+}
+
+/// One that came from the peer's node.
+#[inline(always)]
+pub(super) fn complained_of(
+    context: &TcContext,
+    wire: &Wire,
+    node: &NodeConfig,
+) -> Option<(Reason, i32)> {
+    let quotation = quotation::read(wire, INNER_IP)?;
+    recall(&quotation.flow, wire.meta().len)?;
+    let peer = KernelTables.remote(quotation.flow.dst)?;
+    if KernelTables.remote(quotation.sender)?.node != peer.node {
+        return None;
+    }
+    let way = decap::deliver_error(wire, &KernelTables, node).ok()?;
+    Some(apply::deliver(context, &way))
+}
+
+/// Hands over the connection that an ICMP error speaks of, if it is an own one; what comes later is
+/// for conntrack to judge.
+#[inline(always)]
+fn recall(key: &FlowKey, len: u32) -> Option<()> {
+    let entry = maps::own(key)?;
+    // SAFETY: a map's value; a single byte, which nobody sets back.
+    unsafe {
+        if (*entry).taken != 0 {
+            return None;
+        }
+        (*entry).recalled = 1;
+    }
+    counters::count(Reason::OwnQuoted, len);
+    Some(())
+}
+
+/// A packet that came in pieces and that the kernel has made whole and taken out of the tunnel.
+#[inline(always)]
+pub(super) fn whole(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Option<i32> {
+    let packet = Packet::read(wire, ETHERNET)?;
+    if packet.key.protocol != header::TCP || own::is_opening(packet.tcp_flags) {
+        return None;
+    }
+    let key = packet.key.reversed();
+    let entry = maps::own(&key)?;
+    let way = decap::deliver_whole(wire, &KernelTables).ok()?;
+    let len = wire.meta().len;
+    admit(
+        wire,
+        node,
+        way.pod,
+        &packet,
+        &key,
+        Way::In,
+        ETHERNET,
+        Some(entry),
+    )
+    .ok()?;
+    let (reason, verdict) = apply::hand_in(context, &way);
+    counters::count(reason, len);
+    Some(verdict)
 }

@@ -131,6 +131,8 @@ pub(super) mod sign {
     pub(in crate::kernel) const KNOWN: u32 = 0xfb04;
     /// From a peer, of a flow without verdict.
     pub(in crate::kernel) const STRANGE: u32 = 0xfb05;
+    /// A piece of a tunnel packet from a peer.
+    pub(in crate::kernel) const PIECE: u32 = 0xfb06;
 }
 
 /// The packet's sign.

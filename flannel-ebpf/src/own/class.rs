@@ -169,20 +169,7 @@ pub const fn answer_passed(class: &mut Class, generation: u32, now: u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const EPOCH: Epoch = Epoch {
-        generation: 7,
-        grace_until: 0,
-        flags: 0,
-        validity: 0,
-        probe_gap: 0,
-        recheck_gap: 0,
-        own_until: 0,
-        own_linger: 0,
-        class_generation: 7,
-        class_validity: 1000,
-        class_patience: 250,
-    };
+    use crate::rows::EPOCH;
 
     const fn at(jiffies: u32) -> Now {
         Now {

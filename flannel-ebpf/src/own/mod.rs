@@ -71,6 +71,17 @@ pub fn opened(way: Way, generation: u32, now: u32) -> OwnFlow {
     }
 }
 
+/// Which way the SYN went, as an entry or a class notes it.
+#[inline(always)]
+#[must_use]
+pub const fn opener(noted: u8) -> Way {
+    if noted == Way::Out as u8 {
+        Way::Out
+    } else {
+        Way::In
+    }
+}
+
 /// How far it is.
 #[inline(always)]
 #[must_use]
@@ -92,11 +103,35 @@ pub const fn stage(flow: &OwnFlow) -> Stage {
     }
 }
 
+/// Is its handshake over: has the client acknowledged the answer?
+#[inline(always)]
+#[must_use]
+pub const fn is_settled(flow: &OwnFlow) -> bool {
+    (flow.pod.sent | flow.peer.sent) & END_ESTABLISHED != 0
+}
+
 /// Is it over?
 #[inline(always)]
 #[must_use]
 pub const fn is_over(flow: &OwnFlow) -> bool {
     matches!(stage(flow), Stage::Closed | Stage::Reset)
+}
+
+/// Have the ends gone on with a connection that is older than this SYN, into which it does not
+/// belong? Nobody has answered it, and yet somebody has acknowledged.
+#[inline(always)]
+#[must_use]
+pub const fn is_older(flow: &OwnFlow) -> bool {
+    let either = flow.pod.sent | flow.peer.sent;
+    either & (END_ACK | END_SYN_ACK) == END_ACK
+}
+
+/// Is a SYN that goes this way the called end's, to a connection that lives? Both ends may open one
+/// at once; later it does not belong, and the other end says so. As with conntrack, it opens nothing.
+#[inline(always)]
+#[must_use]
+pub const fn crosses(flow: &OwnFlow, way: Way) -> bool {
+    flow.taken == 0 && !is_over(flow) && flow.opener != way as u8
 }
 
 /// What a SYN meets that may open a connection and finds an entry of its tuple.

@@ -4,16 +4,24 @@ use network_types::{ip::Ipv4Hdr, udp::UdpHdr};
 
 use crate::{frame::Frame, header, layout::FlowKey};
 
-const ICMP: u8 = 1;
 /// Length of the ICMP header before the quoted packet.
 const ICMP_HEADER: usize = 8;
 
-/// The flow of the TCP packet that an ICMP error quotes, in the direction of that packet. `ip` is
-/// the offset of the error's own IP header.
+/// An ICMP error about a TCP packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Quotation {
+    /// Who complains.
+    pub sender: [u8; 4],
+    /// The packet's flow, in the packet's own direction.
+    pub flow: FlowKey,
+}
+
+/// The error at hand, if it is one and goes back to whoever sent the packet. `ip` is the offset of
+/// the error's own IP header.
 #[inline(always)]
-pub fn flow<F: Frame>(frame: &F, ip: usize) -> Option<FlowKey> {
+pub fn read<F: Frame>(frame: &F, ip: usize) -> Option<Quotation> {
     let outer = frame.at::<Ipv4Hdr>(ip)?;
-    if outer.vihl != 0x45 || outer.proto != ICMP || header::is_fragment(outer) {
+    if outer.vihl != 0x45 || outer.proto != header::ICMP || header::is_fragment(outer) {
         return None;
     }
     let icmp = frame.at::<UdpHdr>(ip + Ipv4Hdr::LEN)?;
@@ -23,19 +31,22 @@ pub fn flow<F: Frame>(frame: &F, ip: usize) -> Option<FlowKey> {
     }
     let quoted = ip + Ipv4Hdr::LEN + ICMP_HEADER;
     let inner = frame.at::<Ipv4Hdr>(quoted)?;
-    if inner.vihl != 0x45 || inner.proto != header::TCP {
+    if inner.vihl != 0x45 || inner.proto != header::TCP || inner.src_addr != outer.dst_addr {
         return None;
     }
     // TCP's ports are where UDP's are, and no more than eight bytes need be quoted.
     let ports = frame.at::<UdpHdr>(quoted + Ipv4Hdr::LEN)?;
-    Some(FlowKey {
-        src: inner.src_addr,
-        dst: inner.dst_addr,
-        sport: ports.src,
-        dport: ports.dst,
-        protocol: header::TCP,
-        _pad: 0,
-        _end: 0,
+    Some(Quotation {
+        sender: outer.src_addr,
+        flow: FlowKey {
+            src: inner.src_addr,
+            dst: inner.dst_addr,
+            sport: ports.src,
+            dport: ports.dst,
+            protocol: header::TCP,
+            _pad: 0,
+            _end: 0,
+        },
     })
 }
 
@@ -49,7 +60,7 @@ mod tests {
         payload.extend(quoted);
         let packet = rows::Ip {
             addresses: (rows::POD_B, rows::POD_A),
-            protocol: ICMP,
+            protocol: header::ICMP,
             payload,
             ..rows::incoming()
         };
@@ -62,17 +73,25 @@ mod tests {
         let whole = error(3, &quoted[..28]);
         let sent = [vec![0; 14], quoted].concat();
         let key = Packet::read(&Bytes::plain(&sent, 1), 14).map(|packet| packet.key);
-        assert_eq!(flow(&Bytes::plain(&whole, 1), 14), key);
+        let found = read(&Bytes::plain(&whole, 1), 14);
+        assert_eq!(found.map(|found| found.flow), key);
+        assert_eq!(found.map(|found| found.sender), Some(rows::POD_B));
         for len in 0..whole.len() {
-            assert_eq!(flow(&Bytes::plain(&whole[..len], 1), 14), None, "{len}");
+            assert_eq!(read(&Bytes::plain(&whole[..len], 1), 14), None, "{len}");
         }
+    }
+
+    #[test]
+    fn an_error_for_somebody_else_is_none() {
+        let quoted = rows::incoming().bytes();
+        assert_eq!(read(&Bytes::plain(&error(3, &quoted), 1), 14), None);
     }
 
     #[test]
     fn an_echo_quotes_nothing() {
         let quoted = rows::outgoing().bytes();
         for kind in [0, 8] {
-            assert_eq!(flow(&Bytes::plain(&error(kind, &quoted), 1), 14), None);
+            assert_eq!(read(&Bytes::plain(&error(kind, &quoted), 1), 14), None);
         }
     }
 }

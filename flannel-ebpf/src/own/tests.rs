@@ -121,6 +121,53 @@ fn a_syn_meets_an_entry() {
 }
 
 #[test]
+fn the_called_ends_syn_belongs_to_what_lives() {
+    let open = [ANSWER, ACKNOWLEDGED];
+    let reset = [&open[..], &[(Out, RST, 11, 0)]].concat();
+    for (packets, expected) in [
+        (&[][..], true),
+        (&open[..1], true),
+        (&open[..], true),
+        (&reset[..], false),
+    ] {
+        let flow = after(Out, packets);
+        assert_eq!(crosses(&flow, In), expected, "{packets:?}");
+        assert!(!crosses(&flow, Out), "{packets:?}");
+        let taken = OwnFlow { taken: 1, ..flow };
+        assert!(!crosses(&taken, In), "{packets:?}");
+    }
+}
+
+#[test]
+fn only_the_clients_acknowledgement_settles() {
+    for (packets, expected) in [
+        (&[][..], false),
+        (&[ANSWER][..], false),
+        // A flood's sender knows of no connection.
+        (&[ANSWER, (Out, RST, 11, 0)][..], false),
+        (&[ANSWER, ACKNOWLEDGED][..], true),
+        (&[ANSWER, ACKNOWLEDGED, (Out, RST, 11, 0)][..], true),
+    ] {
+        assert_eq!(is_settled(&after(Out, packets)), expected, "{packets:?}");
+    }
+}
+
+#[test]
+fn who_acknowledges_without_an_answer_goes_on_with_an_older_connection() {
+    for (packets, expected) in [
+        (&[][..], false),
+        // Refused.
+        (&[(In, RST | ACK, 0, 11)][..], false),
+        (&[(In, ACK, 99, 50)][..], true),
+        (&[(In, ACK, 99, 50), (Out, RST, 50, 0)][..], true),
+        (&[(Out, ACK, 50, 99)][..], true),
+        (&[ANSWER, ACKNOWLEDGED][..], false),
+    ] {
+        assert_eq!(is_older(&after(Out, packets)), expected, "{packets:?}");
+    }
+}
+
+#[test]
 fn a_syn_that_the_kernel_has_takes_the_tuple_or_calls_the_agent() {
     let open = [ANSWER, ACKNOWLEDGED];
     let closed = [&open[..], &[(Out, FIN_ACK, 11, 21), (In, FIN_ACK, 21, 12)]].concat();

@@ -39,6 +39,7 @@ fn defaults_are_flannels() {
     assert_eq!(flags.firewall_period(), Duration::from_secs(5));
     assert_eq!(flags.datapath, Preference::Auto);
     assert_eq!(flags.fast_path, None);
+    assert_eq!(flags.fast_path_classes, Classes::Auto);
     assert_eq!(flags.tc_attach, TcAttach::Auto);
     assert_eq!(flags.forged_vxlan, ForgedVxlan::Drop);
     assert_eq!(flags.log_filter(), "info");
@@ -83,7 +84,7 @@ fn every_flag_is_read() {
         "--public-ip=192.168.50.1",
         "--datapath=Netlink",
         "--fast-path=direct",
-        "--fast-path-classes=auto",
+        "--fast-path-classes=off",
         "--fast-path-revalidate=7",
         "--fast-path-flows=0x1000",
         "--fast-path-exclude=10.0.0.0/8",
@@ -111,7 +112,7 @@ fn every_flag_is_read() {
     assert_eq!(flags.public_ip, Some(Ipv4Addr::new(192, 168, 50, 1)));
     assert_eq!(flags.datapath, Preference::Netlink);
     assert_eq!(flags.fast_path, Some(FastPath::Direct));
-    assert_eq!(flags.fast_path_classes, Classes::Auto);
+    assert_eq!(flags.fast_path_classes, Classes::Off);
     assert_eq!(flags.fast_path_revalidate, Duration::from_secs(7));
     assert_eq!(flags.fast_path_flows, 4096);
     assert_eq!(

@@ -11,23 +11,17 @@
 //! Addresses and MAC are asked of the pod's namespace through its id, without entering it, so no
 //! privilege over the pod and no open namespace file is needed.
 
+mod look;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::Ipv4Addr,
 };
 
 use ipnet::Ipv4Net;
-use netlink_packet_route::{
-    AddressFamily, RouteNetlinkMessage,
-    address::{AddressAttribute, AddressMessage},
-    link::{InfoKind, LinkAttribute, LinkExtentMask, LinkInfo, LinkMessage},
-    route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage},
-};
 
-use super::netlink::{
-    local_address,
-    rtnl::{Rtnl, RtnlError},
-};
+use self::look::{Link, addresses, connected_routes, links};
+use super::netlink::rtnl::{Rtnl, RtnlError};
 use crate::mac::MacAddr;
 
 /// One pod address behind one veth of this node.
@@ -93,23 +87,6 @@ pub async fn discover(rtnl: &mut Rtnl, pod_subnet: Ipv4Net) -> Result<Discovery,
         inside.insert(id, Inside { links, addresses });
     }
     Ok(assemble(pod_subnet, &host, &candidates, &inside))
-}
-
-/// A link as far as pods are concerned.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-struct Link {
-    index: u32,
-    name: String,
-    mac: MacAddr,
-    mtu: u32,
-    bridge: bool,
-    veth: bool,
-    /// Index of the bridge it is a port of.
-    master: Option<u32>,
-    /// Index of the veth's other end, in the namespace below.
-    peer: Option<u32>,
-    /// Id of the other end's namespace; `None` if that is our own.
-    peer_namespace: Option<i32>,
 }
 
 /// The host's side of things.
@@ -247,111 +224,6 @@ fn assemble(
         }
     }
     discovery
-}
-
-/// The links of this namespace or of the one with the id.
-async fn links(rtnl: &mut Rtnl, namespace: Option<i32>) -> Result<Vec<Link>, RtnlError> {
-    let mut request = LinkMessage::default();
-    // Counters make up most of a link message and nobody here reads them.
-    request
-        .attributes
-        .push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
-    request
-        .attributes
-        .extend(namespace.map(LinkAttribute::IfNetnsId));
-    let objects = rtnl.dump(RouteNetlinkMessage::GetLink(request)).await?;
-    Ok(objects
-        .into_iter()
-        .filter_map(|object| match object {
-            RouteNetlinkMessage::NewLink(link) => Some(Link::parse(link)),
-            _ => None,
-        })
-        .collect())
-}
-
-impl Link {
-    fn parse(message: LinkMessage) -> Self {
-        let mut link = Self {
-            index: message.header.index,
-            ..Self::default()
-        };
-        for attribute in message.attributes {
-            match attribute {
-                LinkAttribute::IfName(name) => link.name = name,
-                LinkAttribute::Address(bytes) => {
-                    link.mac = MacAddr(bytes.try_into().unwrap_or_default());
-                }
-                LinkAttribute::Mtu(mtu) => link.mtu = mtu,
-                LinkAttribute::Controller(index) => link.master = Some(index),
-                LinkAttribute::Link(index) => link.peer = Some(index),
-                LinkAttribute::LinkNetNsId(id) => {
-                    link.peer_namespace = Some(id).filter(|id| *id >= 0)
-                }
-                LinkAttribute::LinkInfo(infos) => {
-                    link.bridge = infos.contains(&LinkInfo::Kind(InfoKind::Bridge));
-                    link.veth = infos.contains(&LinkInfo::Kind(InfoKind::Veth));
-                }
-                _ => {}
-            }
-        }
-        link
-    }
-}
-
-/// The IPv4 addresses of this namespace or of the one with the id.
-async fn addresses(
-    rtnl: &mut Rtnl,
-    namespace: Option<i32>,
-) -> Result<Vec<(u32, Ipv4Addr)>, RtnlError> {
-    let mut request = AddressMessage::default();
-    request.header.family = AddressFamily::Inet;
-    request
-        .attributes
-        .extend(namespace.map(AddressAttribute::TargetNetNsId));
-    let objects = rtnl.dump(RouteNetlinkMessage::GetAddress(request)).await?;
-    Ok(objects
-        .into_iter()
-        .filter_map(|object| match object {
-            RouteNetlinkMessage::NewAddress(found) => {
-                Some((found.header.index, local_address(&found)?))
-            }
-            _ => None,
-        })
-        .collect())
-}
-
-/// Gateway-less routes of the main table inside `pod_subnet` or equal to it.
-async fn connected_routes(
-    rtnl: &mut Rtnl,
-    pod_subnet: Ipv4Net,
-) -> Result<Vec<(Ipv4Net, u32)>, RtnlError> {
-    let mut request = RouteMessage::default();
-    request.header.address_family = AddressFamily::Inet;
-    request.header.table = RouteHeader::RT_TABLE_MAIN;
-    let objects = rtnl.dump(RouteNetlinkMessage::GetRoute(request)).await?;
-    Ok(objects
-        .into_iter()
-        .filter_map(|object| {
-            let RouteNetlinkMessage::NewRoute(route) = object else {
-                return None;
-            };
-            if route.header.table != RouteHeader::RT_TABLE_MAIN {
-                return None;
-            }
-            let mut destination = Ipv4Addr::UNSPECIFIED;
-            let mut out = None;
-            for attribute in &route.attributes {
-                match attribute {
-                    RouteAttribute::Destination(RouteAddress::Inet(ip)) => destination = *ip,
-                    RouteAttribute::Oif(index) => out = Some(*index),
-                    RouteAttribute::Gateway(_) | RouteAttribute::Via(_) => return None,
-                    _ => {}
-                }
-            }
-            let net = Ipv4Net::new(destination, route.header.destination_prefix_length).ok()?;
-            pod_subnet.contains(&net).then_some((net, out?))
-        })
-        .collect())
 }
 
 #[cfg(test)]

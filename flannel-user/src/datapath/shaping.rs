@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use aya::programs::{SchedClassifier, TcAttachType};
-use flannel_ebpf::layout::{FROM_POD, TO_POD};
+use flannel_ebpf::layout::{FROM_POD, PARKED, TO_POD};
 use netlink_packet_route::{
     RouteNetlinkMessage,
     tc::{TcAttribute, TcHandle, TcMessage},
@@ -142,7 +142,7 @@ fn foreign_program(interface: &str) -> Option<String> {
         .filter_map(|side| SchedClassifier::query_tcx(interface, side).ok())
         .flat_map(|(_, programs)| programs)
         .filter_map(|program| program.name_as_str().map(str::to_owned))
-        .find(|name| name != FROM_POD && name != TO_POD)
+        .find(|name| ![FROM_POD, TO_POD, PARKED].contains(&name.as_str()))
 }
 
 #[cfg(test)]

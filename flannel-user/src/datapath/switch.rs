@@ -8,19 +8,24 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    sync::mpsc::{self, Sender},
     time::{Duration, Instant},
 };
 
 use flannel_ebpf::layout::FAST_PATH_LEARNED;
 use ipnet::Ipv4Net;
+use tokio::task::{self, JoinHandle};
 use tracing::{debug, error, info, warn};
 
 use super::{
     conntrack::Conntrack,
     conntrack_restore::{Plan, Restorer},
-    ebpf::{EbpfDatapath, EbpfError, EbpfOptions, SyncReport, Wanted},
+    ebpf::{EbpfDatapath, EbpfError, EbpfOptions, Parked, Places, SyncReport, Wanted},
 };
-use crate::observe::status::{KeptSettings, Mode};
+use crate::{
+    error_chain::in_one_line,
+    observe::status::{KeptSettings, Mode},
+};
 
 /// Pause between attempts after eBPF failed.
 const RETRY: Duration = Duration::from_secs(60);
@@ -52,6 +57,13 @@ impl Preference {
     }
 }
 
+/// The programs on their way into the kernel.
+struct Loading {
+    task: JoinHandle<Result<EbpfDatapath, EbpfError>>,
+    /// Takes the places that they will sit at.
+    places: Sender<Places>,
+}
+
 /// The eBPF datapath, on or off, and why.
 pub struct Switch {
     options: EbpfOptions,
@@ -59,8 +71,10 @@ pub struct Switch {
     preference: Preference,
     memory: PathBuf,
     ebpf: Option<EbpfDatapath>,
-    /// Loaded ahead, not in use yet.
-    loaded: Option<Result<EbpfDatapath, EbpfError>>,
+    /// Being loaded ahead, not in use yet.
+    loading: Option<Loading>,
+    /// Switched off not long ago.
+    parked: Option<Parked>,
     reason: String,
     /// When a failure was last met; the next attempt waits for [`RETRY`].
     failed: Option<Instant>,
@@ -87,7 +101,8 @@ impl Switch {
             preference,
             memory,
             ebpf: None,
-            loaded: None,
+            loading: None,
+            parked: None,
             reason,
             failed: None,
             said: Vec::new(),
@@ -140,31 +155,64 @@ impl Switch {
         }
     }
 
-    /// Loads the programs where they are wanted, without effect on any packet. What that
-    /// takes for a moment, above all memory, is over before the first peers are known.
+    /// Begins to load the programs where they are wanted, without effect on any packet: the
+    /// kernel takes its time for that, and the agent has other things to do meanwhile.
     pub fn prepare(&mut self) {
         if self.wants_ebpf() && self.ebpf.is_none() {
-            self.loaded = Some(EbpfDatapath::open(&self.options));
+            let options = self.options.clone();
+            let (places, told) = mpsc::channel();
+            let task = task::spawn_blocking(move || EbpfDatapath::open_beside(&options, &told));
+            self.loading = Some(Loading { task, places });
         }
+    }
+
+    /// What was loaded ahead, if anything was; what it will be `wanted` for is done as far as
+    /// possible meanwhile.
+    async fn loaded(&mut self, wanted: Option<&Wanted>) -> Option<Result<EbpfDatapath, EbpfError>> {
+        let Loading { task, places } = self.loading.take()?;
+        if let Some(wanted) = wanted {
+            // Nobody listens any more: loaded already.
+            let _ = places.send(Places::of(wanted));
+        }
+        drop(places);
+        task.await
+            .inspect_err(|error| warn!(%error, "loading the programs ended early"))
+            .ok()
+    }
+
+    /// The programs, from wherever they are to be had soonest.
+    async fn open(&mut self, wanted: &Wanted) -> Result<EbpfDatapath, EbpfError> {
+        if let Some(ebpf) = self.ebpf.take() {
+            return Ok(ebpf);
+        }
+        if let Some(loaded) = self.loaded(Some(wanted)).await {
+            return loaded;
+        }
+        if let Some(parked) = self.parked.take() {
+            match parked.resume() {
+                Ok(ebpf) => return Ok(ebpf),
+                Err(cause) => warn!(
+                    error = &cause as &dyn std::error::Error,
+                    "what was loaded before cannot be used again: loading anew"
+                ),
+            }
+        }
+        self.prepare();
+        let loaded = self.loaded(Some(wanted)).await;
+        loaded.unwrap_or_else(|| EbpfDatapath::open(&self.options))
     }
 
     /// Brings the programs in line: on, filled and attached. False if they are off instead,
     /// without a trace.
-    pub fn apply(&mut self, wanted: &Wanted, thorough: bool) -> bool {
-        let is_on = self.turn_on(wanted, thorough);
+    pub async fn apply(&mut self, wanted: &Wanted, thorough: bool) -> bool {
+        let is_on = self.turn_on(wanted, thorough).await;
         self.restore_conntrack();
         is_on
     }
 
-    fn turn_on(&mut self, wanted: &Wanted, thorough: bool) -> bool {
+    async fn turn_on(&mut self, wanted: &Wanted, thorough: bool) -> bool {
         let fresh = self.ebpf.is_none();
-        let outcome = match self.ebpf.take() {
-            Some(open) => Ok(open),
-            None => {
-                let loaded = self.loaded.take();
-                loaded.unwrap_or_else(|| EbpfDatapath::open(&self.options))
-            }
-        };
+        let outcome = self.open(wanted).await;
         let restorer = &mut self.restorer;
         let outcome = outcome.and_then(|mut ebpf| {
             if wanted.node.flags & FAST_PATH_LEARNED != 0 {
@@ -201,10 +249,7 @@ impl Switch {
 
     fn settle(&mut self, fresh: bool, report: &SyncReport) {
         self.failed = None;
-        let failures = report
-            .failures
-            .iter()
-            .map(|failure| format!("{:#}", chain(failure)));
+        let failures = report.failures.iter().map(|failure| in_one_line(failure));
         let failures: Vec<String> = failures.collect();
         for failure in failures
             .iter()
@@ -228,21 +273,36 @@ impl Switch {
     }
 
     /// Takes the programs away where they are.
-    pub fn turn_off(&mut self) {
-        let loaded = self.loaded.take().and_then(Result::ok);
-        if let Some(ebpf) = self.ebpf.take().or(loaded) {
-            match ebpf.close() {
-                Ok(()) => info!(
-                    reason = self.reason,
-                    "eBPF datapath off: pod traffic takes the kernel path"
-                ),
-                Err(cause) => warn!(
-                    error = &cause as &dyn std::error::Error,
-                    "programs are off, pins remain"
-                ),
-            }
+    pub async fn turn_off(&mut self) {
+        let closed = if let Some(ebpf) = self.ebpf.take() {
+            Some(ebpf.park().map(|parked| self.parked = Some(parked)))
+        } else {
+            let loaded = self.loaded(None).await.and_then(Result::ok);
+            loaded.map(EbpfDatapath::close)
+        };
+        match closed {
+            None => {}
+            Some(Ok(())) => info!(
+                reason = self.reason,
+                "eBPF datapath off: pod traffic takes the kernel path"
+            ),
+            Some(Err(cause)) => warn!(
+                error = &cause as &dyn std::error::Error,
+                "programs are off, pins remain"
+            ),
         }
         self.restore_conntrack();
+    }
+
+    /// When to call [`Switch::shrink`] next.
+    #[must_use]
+    pub fn parked_until(&self) -> Option<Instant> {
+        self.parked.as_ref().map(Parked::until)
+    }
+
+    /// Gives up what was kept since switching off, and is not likely to be wanted again.
+    pub fn shrink(&mut self) {
+        self.parked = self.parked.take().and_then(Parked::shrink);
     }
 
     /// Where nothing bypasses conntrack any more, its settings go back when they can.
@@ -274,15 +334,6 @@ impl Switch {
             );
         }
     }
-}
-
-/// An error with its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes
-        .map(ToString::to_string)
-        .collect::<Vec<_>>()
-        .join(": ")
 }
 
 fn remembered(path: &Path, flag: Preference) -> Option<Preference> {

@@ -16,3 +16,5 @@ mod namespace;
 mod network_config;
 mod registry;
 mod uplink;
+#[path = "../uplink_lookup/mod.rs"]
+mod uplink_lookup;

@@ -1,17 +1,12 @@
 //! Section 16: each lookup against the real kernel.
 
-use flannel_user::uplink::{Uplink, UplinkChoice, UplinkError, choose};
+use flannel_user::uplink::{UplinkChoice, UplinkError};
 use rstest::rstest;
 
-use crate::namespace::{in_new_namespace, run};
-
-async fn chosen(choice: UplinkChoice) -> Result<Uplink, UplinkError> {
-    let (connection, handle, _) = rtnetlink::new_connection().expect("a connection");
-    let connection = tokio::spawn(connection);
-    let result = choose(&handle, &choice).await;
-    connection.abort();
-    result
-}
+use crate::{
+    namespace::{in_new_namespace, run},
+    uplink_lookup::chosen,
+};
 
 /// `eth0` with two addresses, `eth1` with one and the default route, `bare0` with none.
 fn host() {

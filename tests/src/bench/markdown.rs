@@ -259,9 +259,9 @@ fn growth(curves: &[Curve]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::{
-        machine::Machine,
-        results::{Settings, rows, tests::series},
+    use crate::bench::results::{
+        rows,
+        tests::{report, series},
     };
 
     #[test]
@@ -287,20 +287,7 @@ mod tests {
             one.measure = "tcp_rr_p50".to_owned();
             one.figure.better = Better::Lower;
         }
-        let report = Report {
-            machine: Machine::default(),
-            settings: Settings {
-                quick: true,
-                rounds: 2,
-                seconds: 1.0,
-                cpu: 0,
-            },
-            results: rows(&all),
-            distributions: Vec::new(),
-            programs: Vec::new(),
-            growth: Vec::new(),
-        };
-        let text = glance(&report);
+        let text = glance(&report(&all));
         let line = text.lines().last().expect("a line");
         assert!(line.ends_with("| 2.00 | ~ 1.05 |"), "{line}");
     }

@@ -2,6 +2,8 @@
 
 use std::net::Ipv4Addr;
 
+use flannel_ebpf::rows::checksum;
+
 const ETHERNET: usize = 14;
 const IP: usize = 20;
 const UDP: usize = 8;
@@ -70,20 +72,9 @@ pub fn addressed_to(mut frame: Vec<u8>, mac: [u8; 6]) -> Vec<u8> {
 
 fn with_checksum(mut frame: Vec<u8>) -> Vec<u8> {
     frame[CHECKSUM..CHECKSUM + 2].fill(0);
-    let sum = !folded_sum(&frame[ETHERNET..ETHERNET + IP]);
-    frame[CHECKSUM..CHECKSUM + 2].copy_from_slice(&sum.to_be_bytes());
+    let sum = checksum(&frame[ETHERNET..ETHERNET + IP]);
+    frame[CHECKSUM..CHECKSUM + 2].copy_from_slice(&sum);
     frame
-}
-
-fn folded_sum(header: &[u8]) -> u16 {
-    let mut sum: u32 = header
-        .chunks(2)
-        .map(|word| u32::from(u16::from_be_bytes([word[0], word[1]])))
-        .sum();
-    while sum > 0xffff {
-        sum = (sum >> 16) + (sum & 0xffff);
-    }
-    sum as u16
 }
 
 #[cfg(test)]
@@ -95,7 +86,7 @@ mod tests {
         let (one, other) = (Ipv4Addr::new(10, 0, 0, 1), Ipv4Addr::new(10, 0, 0, 2));
         let frame = opening(([2; 6], one), ([4; 6], other));
         assert_eq!(frame.len(), 14 + 20 + 20);
-        assert_eq!(folded_sum(&frame[14..34]), 0xffff);
+        assert_eq!(checksum(&frame[14..34]), [0, 0]);
         assert_eq!((frame[23], frame[46] >> 4, frame[47]), (6, 5, 2));
         assert_eq!(u16::from_be_bytes([frame[36], frame[37]]), PORTS.1);
     }
@@ -105,7 +96,7 @@ mod tests {
         let (one, other) = (Ipv4Addr::new(10, 0, 0, 1), Ipv4Addr::new(10, 0, 0, 2));
         let frame = datagram(([2; 6], one), ([4; 6], other), 64);
         assert_eq!(frame.len(), 14 + 20 + 8 + 64);
-        assert_eq!(folded_sum(&frame[14..34]), 0xffff);
+        assert_eq!(checksum(&frame[14..34]), [0, 0]);
         assert_eq!(u16::from_be_bytes([frame[16], frame[17]]), 92);
         assert_eq!(
             addressed_to(frame, [9; 6])[..12],

@@ -2,6 +2,7 @@
 
 use std::{
     io::{BufRead, BufReader},
+    net::SocketAddrV4,
     process::Stdio,
 };
 
@@ -15,6 +16,7 @@ use super::{
     stage::{Passed, Port, Stage},
 };
 use crate::{
+    ends::Ends,
     exchange,
     namespace::Namespace,
     task::Task,
@@ -22,7 +24,7 @@ use crate::{
         flood::{FloodReport, SinkReport},
         latency::Latency,
         many_flows::ManyReport,
-        request_response::{FirstReport, Protocol, RrReport, ServeReport},
+        request_response::{FirstReport, Protocol, ServeReport},
         short_connections::{ConnectionsReport, ServeReport as ConnectionsServed},
     },
 };
@@ -103,24 +105,8 @@ fn request_response(
     target: Target,
     pace: Pace,
 ) -> Result<Measured> {
-    let (to, port) = stage.way_to(Port::RequestResponse, target);
-    let (word, cpu, seconds) = (protocol.name(), pace.cpu, pace.seconds);
-    let server = Task::start(
-        stage.server(),
-        &format!("rr-serve --protocol {word} --port {port} --cpu {cpu}"),
-    )?;
-    let report: RrReport = Task::start(
-        stage.client(),
-        &format!("rr --protocol {word} --to {to} --seconds {seconds} --cpu {cpu}"),
-    )?
-    .result()?;
-    let served: ServeReport = server.finish()?;
-    ensure!(
-        served.answered == report.all_transactions,
-        "{} requests were answered, {} responses came",
-        served.answered,
-        report.all_transactions
-    );
+    let to = (stage.server(), stage.way_to(Port::RequestResponse, target));
+    let report = exchange::request_response(stage.client(), to, protocol, pace.seconds, pace.cpu)?;
     let passed = Passed {
         there: report.all_transactions,
         back: report.all_transactions,
@@ -132,19 +118,20 @@ fn request_response(
     ))
 }
 
+/// Both ends of a probe's tool.
+fn start(stage: &Stage, to: SocketAddrV4, serve: &str, ask: &str) -> Result<Ends> {
+    Ends::start(stage.client(), (stage.server(), to), serve, ask)
+}
+
 fn connections(stage: &Stage, target: Target, pace: Pace) -> Result<Measured> {
-    let (to, port) = stage.way_to(Port::Connections, target);
     let (cpu, seconds) = (pace.cpu, pace.seconds);
-    let server = Task::start(
-        stage.server(),
-        &format!("crr-serve --port {port} --cpu {cpu}"),
-    )?;
-    let report: ConnectionsReport = Task::start(
-        stage.client(),
-        &format!("crr --to {to} --seconds {seconds} --cpu {cpu}"),
+    let (report, served): (ConnectionsReport, ConnectionsServed) = start(
+        stage,
+        stage.way_to(Port::Connections, target),
+        &format!("crr-serve --cpu {cpu}"),
+        &format!("crr --seconds {seconds} --cpu {cpu}"),
     )?
     .result()?;
-    let served: ConnectionsServed = server.finish()?;
     ensure!(
         served.served == report.all,
         "{} connections were served, {} made",
@@ -164,24 +151,15 @@ fn connections(stage: &Stage, target: Target, pace: Pace) -> Result<Measured> {
 }
 
 fn first_packet(stage: &Stage, target: Target, pace: Pace) -> Result<Measured> {
-    let (to, port) = stage.way_to(Port::RequestResponse, target);
     let cpu = pace.cpu;
-    let server = Task::start(
-        stage.server(),
-        &format!("rr-serve --protocol udp --port {port} --cpu {cpu}"),
-    )?;
-    let report: FirstReport = Task::start(
-        stage.client(),
-        &format!("rr-first --to {to} --count {NEW_FLOWS} --cpu {cpu}"),
+    let (report, served): (FirstReport, ServeReport) = start(
+        stage,
+        stage.way_to(Port::RequestResponse, target),
+        &format!("rr-serve --protocol udp --cpu {cpu}"),
+        &format!("rr-first --count {NEW_FLOWS} --cpu {cpu}"),
     )?
     .result()?;
-    let served: ServeReport = server.finish()?;
-    ensure!(
-        served.answered == report.flows,
-        "{} first packets, {} answers",
-        report.flows,
-        served.answered
-    );
+    served.check(report.flows)?;
     let latency = report.latency;
     let outcome = Outcome {
         figures: vec![latency.p50_us, latency.p99_us],
@@ -196,7 +174,8 @@ fn first_packet(stage: &Stage, target: Target, pace: Pace) -> Result<Measured> {
 }
 
 fn flood(stage: &Stage, size: usize, target: Target, pace: Pace) -> Result<Measured> {
-    let (to, port) = stage.way_to(Port::Flood, target);
+    let to = stage.way_to(Port::Flood, target);
+    let port = to.port();
     let (cpu, seconds, other) = (pace.cpu, pace.seconds, pace.other_cpu);
     let sink = Task::start(
         stage.server(),
@@ -236,26 +215,23 @@ fn flood(stage: &Stage, size: usize, target: Target, pace: Pace) -> Result<Measu
 }
 
 fn many_flows(stage: &Stage, many: Many, target: Target, pace: Pace) -> Result<Measured> {
-    let (to, port) = stage.way_to(Port::Flows, target);
     let word = many.protocol.name();
     let (serving, shared) = if many.same_cpu {
         (pace.cpu, "--shared")
     } else {
         (pace.other_cpu, "")
     };
-    let server = Task::start(
-        stage.server(),
-        &format!("many-serve --protocol {word} --port {port} --cpu {serving} {shared}"),
-    )?;
-    let report: ManyReport = Task::start(
-        stage.client(),
+    let ends = start(
+        stage,
+        stage.way_to(Port::Flows, target),
+        &format!("many-serve --protocol {word} --cpu {serving} {shared}"),
         &format!(
-            "many --protocol {word} --to {to} --flows {} --window {} --seconds {} --cpu {} {shared}",
+            "many --protocol {word} --flows {} --window {} --seconds {} --cpu {} {shared}",
             many.flows, many.window, many.seconds, pace.cpu
         ),
-    )?
-    .result()?;
-    drop(server);
+    )?;
+    let report: ManyReport = ends.client.result()?;
+    drop(ends.server);
     report.check()?;
     // Samples are of 100 ms.
     let late = &report.samples[report.samples.len() / 2..];
@@ -294,10 +270,10 @@ struct IperfSum {
 }
 
 fn streams(stage: &Stage, count: u8, target: Target, pace: Pace) -> Result<Measured> {
-    let (to, port) = stage.way_to(Port::Streams, target);
-    let mut server = iperf3_server(stage.server(), port, pace.other_cpu)?;
+    let to = stage.way_to(Port::Streams, target);
+    let mut server = iperf3_server(stage.server(), to.port(), pace.other_cpu)?;
     let before = cpu::busy()?;
-    let (address, port) = (to.ip().to_string(), port.to_string());
+    let (address, port) = (to.ip().to_string(), to.port().to_string());
     let (count, cpu) = (count.to_string(), pace.cpu.to_string());
     // It takes whole seconds only.
     let seconds = pace.seconds.ceil().to_string();

@@ -202,6 +202,23 @@ pub(super) mod tests {
         }
     }
 
+    /// Of two rounds, with nothing beside these rows.
+    pub(crate) fn report(series: &[Series]) -> Report {
+        Report {
+            machine: Machine::default(),
+            settings: Settings {
+                quick: true,
+                rounds: 2,
+                seconds: 1.0,
+                cpu: 0,
+            },
+            results: rows(series),
+            distributions: Vec::new(),
+            programs: Vec::new(),
+            growth: Vec::new(),
+        }
+    }
+
     #[test]
     fn ratios_to_each_base() {
         let all = [

@@ -15,8 +15,10 @@ use super::{
 
 /// The side that ratios are taken to.
 pub const NETLINK: &str = "netlink";
-/// `learned` with classes of connections.
-pub const CLASSES: &str = "classes";
+/// What agents do unless told otherwise.
+pub const LEARNED: &str = "learned";
+/// The same without classes of connections.
+pub const FLOWS: &str = "learned-flows";
 /// The nodes themselves, without a rule.
 pub const HOST: &str = "host";
 /// The nodes themselves, with the rules of the others.
@@ -44,7 +46,7 @@ pub enum Agent {
         datapath: &'static str,
         /// `--fast-path`.
         fast_path: &'static str,
-        /// `--fast-path-classes auto`.
+        /// `--fast-path-classes auto`, the default.
         classes: bool,
     },
     /// Another program, from `--peer`.
@@ -84,17 +86,11 @@ impl Side {
     pub fn is_concerned_by(&self, traffic: Traffic) -> bool {
         match traffic {
             // It is about tables of learned flows, and what they are compared with.
-            Traffic::Many(_) => self.name == NETLINK || self.to_pod == Way::Learned,
-            // Long flows are learned as without classes.
-            Traffic::Flood(_) | Traffic::Streams(_) => !self.is_classes(),
+            Traffic::Many(_) => self.name == NETLINK || self.name == LEARNED,
+            // No connection opens.
+            Traffic::Flood(_) => self.name != FLOWS,
             _ => true,
         }
-    }
-
-    /// Whether it is `learned` but for its short connections.
-    #[must_use]
-    pub fn is_classes(&self) -> bool {
-        matches!(self.ends, Ends::Pods(Agent::Own { classes: true, .. }))
     }
 
     /// The way that packets have to take.
@@ -111,7 +107,7 @@ const fn pods(datapath: &'static str, fast_path: &'static str) -> Ends {
     Ends::Pods(Agent::Own {
         datapath,
         fast_path,
-        classes: false,
+        classes: true,
     })
 }
 
@@ -149,22 +145,22 @@ pub fn all() -> Vec<Side> {
             Some(Way::Kernel),
         ),
         side(
-            "learned",
-            "pods by the programs once netfilter has let a flow pass",
+            LEARNED,
+            "pods by the programs once netfilter has let a flow, or such connections, pass",
             pods("ebpf", "learned"),
-            Way::Learned,
+            Way::Classes,
             // What netfilter translates is learned with its translation.
             Some(Way::Learned),
         ),
         side(
-            CLASSES,
-            "the same, and short connections from the SYN on where such were let pass",
+            FLOWS,
+            "the same without classes: every connection opens and ends in the kernel",
             Ends::Pods(Agent::Own {
                 datapath: "ebpf",
                 fast_path: "learned",
-                classes: true,
+                classes: false,
             }),
-            Way::Classes,
+            Way::Learned,
             Some(Way::Learned),
         ),
         side(
@@ -193,7 +189,7 @@ pub fn available(help: &str) -> Vec<Side> {
         Ends::Pods(Agent::Own {
             fast_path, classes, ..
         }) => {
-            knows_fast_path(help, fast_path) && (!classes || help.contains("--fast-path-classes"))
+            knows_fast_path(help, fast_path) && (*classes || help.contains("--fast-path-classes"))
         }
         _ => true,
     });
@@ -299,7 +295,7 @@ mod tests {
                 .collect()
         };
         assert_eq!(concerned("tcp_crr").len(), all().len());
-        assert!(!concerned("tcp_stream").contains(&CLASSES.to_owned()));
+        assert!(!concerned("tcp_stream").contains(&FLOWS.to_owned()));
         assert_eq!(concerned("udp_15000_in_turn"), ["netlink", "learned"]);
     }
 

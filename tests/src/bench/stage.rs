@@ -161,8 +161,8 @@ impl Stage {
                     fast_path,
                     ..AgentOptions::default()
                 };
-                if *classes {
-                    options = options.argument("--fast-path-classes=auto");
+                if !*classes {
+                    options = options.argument("--fast-path-classes=off");
                 }
                 let agents = crate::agent::start_everywhere(&lab, &options)?;
                 with_pods(lab, network, agents, None)?
@@ -217,15 +217,14 @@ impl Stage {
         }
     }
 
-    /// What the client connects to, and the port that the server listens on.
+    /// What the client connects to; the server listens on that port.
     #[must_use]
-    pub fn way_to(&self, port: Port, target: Target) -> (SocketAddrV4, u16) {
-        let number = port.number(target);
+    pub fn way_to(&self, port: Port, target: Target) -> SocketAddrV4 {
         let address = match target {
             Target::Pod => self.server_address(),
             Target::Service => SERVICE,
         };
-        (SocketAddrV4::new(address, number), number)
+        SocketAddrV4::new(address, port.number(target))
     }
 
     /// The two nodes, if there are any.

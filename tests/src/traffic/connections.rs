@@ -359,7 +359,7 @@ fn serve_one(mut connection: TcpStream, patience: Duration, tally: &Tally) -> io
     }
 }
 
-/// Connects `--count` times and ends each connection as told.
+/// Connects `--count` times, or until told, and ends each connection as asked.
 ///
 /// # Errors
 /// When threads cannot be started; what becomes of connections is a result.
@@ -376,7 +376,9 @@ pub fn client(args: &ClientArgs) -> Result<ConnectionsReport> {
             thread::Builder::new()
                 .stack_size(STACK)
                 .spawn_scoped(scope, || {
-                    while next.fetch_add(1, Ordering::Relaxed) < args.count {
+                    while next.fetch_add(1, Ordering::Relaxed) < args.count
+                        && !finish.load(Ordering::Relaxed)
+                    {
                         run_one(args, &tally, &held);
                     }
                 })?;

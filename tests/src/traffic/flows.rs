@@ -14,7 +14,7 @@ use nix::sys::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{ready, share, told_to_finish};
+use super::{ready, request_response::ServeReport, share, told_to_finish};
 
 /// How long a lost response is waited for.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -56,13 +56,6 @@ pub struct FlowsArgs {
     /// Stay on this CPU.
     #[arg(long)]
     cpu: Option<usize>,
-}
-
-/// What the server saw.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ServeReport {
-    /// Requests answered.
-    pub answered: u64,
 }
 
 /// What the client measured.

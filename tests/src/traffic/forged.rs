@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::Result;
+use flannel_ebpf::rows::checksum;
 use flannel_user::mac::MacAddr;
 use serde::{Deserialize, Serialize};
 
@@ -123,14 +124,7 @@ fn ipv4_header(args: &ForgeArgs, payload: usize) -> [u8; 20] {
     header[9] = 17;
     header[12..16].copy_from_slice(&args.from.octets());
     header[16..20].copy_from_slice(&args.to.ip().octets());
-    let sum: u32 = header
-        .as_chunks::<2>()
-        .0
-        .iter()
-        .map(|pair| u32::from(u16::from_be_bytes(*pair)))
-        .sum();
-    let folded = (sum & 0xffff) + (sum >> 16);
-    let checksum = !(((folded & 0xffff) + (folded >> 16)) as u16);
-    header[10..12].copy_from_slice(&checksum.to_be_bytes());
+    let checksum = checksum(&header);
+    header[10..12].copy_from_slice(&checksum);
     header
 }

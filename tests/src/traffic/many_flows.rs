@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     epoll::{self, Epoll},
     pin_to, ready,
-    request_response::Protocol,
+    request_response::{Protocol, ServeReport},
     share,
     socket::{self, is_timeout},
     stream::SAMPLE,
@@ -83,13 +83,6 @@ pub struct ClientArgs {
     /// The other end is there as well, and both take turns.
     #[arg(long)]
     shared: bool,
-}
-
-/// What the server saw.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ServeReport {
-    /// Requests answered.
-    pub answered: u64,
 }
 
 /// What the flows achieved.

@@ -5,19 +5,23 @@
 //! told" ends when its standard input is closed.
 
 pub mod connections;
+pub mod crossing;
 pub mod datagrams;
 pub mod epoll;
 pub mod flood;
 pub mod flows;
 pub mod forged;
+pub mod kept;
 pub mod latency;
 pub mod many_flows;
+pub mod many_ports;
 pub mod pattern;
 pub mod pinger;
 pub mod queue;
 pub mod raw_udp;
 pub mod request_response;
 pub mod route;
+pub mod segments;
 pub mod short_connections;
 pub mod socket;
 pub mod stream;
@@ -73,6 +77,14 @@ pub enum Tool {
     Forge(forged::ForgeArgs),
     /// Send UDP packets whose headers are made by hand.
     RawUdp(raw_udp::RawArgs),
+    /// Send TCP segments made by hand, to and from where one likes.
+    Segments(segments::SegmentsArgs),
+    /// Send everything back over TCP, until told.
+    KeptServe(kept::ServeArgs),
+    /// Keep TCP connections open until told, and use them once more.
+    Kept(kept::ClientArgs),
+    /// Open TCP connections to a port that does the same to ours.
+    Cross(crossing::CrossArgs),
     /// Accept TCP connections and end each as its client asks, until told.
     ConnectionsServe(connections::ServeArgs),
     /// Make TCP connections that end in a chosen way.
@@ -83,6 +95,10 @@ pub enum Tool {
     ManyServe(many_flows::ServeArgs),
     /// Many request/response flows at once.
     Many(many_flows::ClientArgs),
+    /// Serve short connections on many ports, until told.
+    PortsServe(many_ports::ServeArgs),
+    /// Make short connections to many ports in turn.
+    Ports(many_ports::ClientArgs),
 }
 
 impl Tool {
@@ -110,11 +126,17 @@ impl Tool {
             Self::Route(args) => report(&route::find(args)?),
             Self::Forge(args) => report(&forged::send(args)?),
             Self::RawUdp(args) => report(&raw_udp::send(args)?),
+            Self::Segments(args) => report(&segments::send(args)?),
+            Self::KeptServe(args) => report(&kept::serve(args)?),
+            Self::Kept(args) => report(&kept::client(args)?),
+            Self::Cross(args) => report(&crossing::cross(args)?),
             Self::ConnectionsServe(args) => report(&connections::serve(args)?),
             Self::Connections(args) => report(&connections::client(args)?),
             Self::Queue(args) => report(&queue::pass_on(args)?),
             Self::ManyServe(args) => report(&many_flows::serve(args)?),
             Self::Many(args) => report(&many_flows::client(args)?),
+            Self::PortsServe(args) => report(&many_ports::serve(args)?),
+            Self::Ports(args) => report(&many_ports::client(args)?),
         }
     }
 }

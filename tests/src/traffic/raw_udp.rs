@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use flannel_ebpf::rows::checksum;
 use serde::{Deserialize, Serialize};
 
 use super::{datagrams, pin_to, ready};
@@ -83,7 +84,8 @@ pub fn send(args: &RawArgs) -> Result<RawReport> {
     Ok(report)
 }
 
-fn raw_socket() -> io::Result<OwnedFd> {
+/// A socket for packets whose IP header is in them.
+pub(super) fn raw_socket() -> io::Result<OwnedFd> {
     // SAFETY: no pointer is involved.
     let socket = unsafe {
         libc::socket(
@@ -139,25 +141,30 @@ fn packet(args: &RawArgs, id: u16, number: u64) -> Vec<u8> {
     datagram.extend([0, 0]);
     datagram.extend(payload);
     let checksum = udp_checksum(*args.from.ip(), *args.to.ip(), &datagram);
-    datagram[6..8].copy_from_slice(&checksum.to_be_bytes());
+    datagram[6..8].copy_from_slice(&checksum);
     bytes.extend(datagram);
     bytes
 }
 
-fn udp_checksum(from: Ipv4Addr, to: Ipv4Addr, datagram: &[u8]) -> u16 {
-    let mut sum = 17 + datagram.len() as u32;
-    for part in [&from.octets()[..], &to.octets()[..], datagram] {
-        let (pairs, rest) = part.as_chunks::<2>();
-        for pair in pairs {
-            sum += u32::from(u16::from_be_bytes(*pair));
-        }
-        sum += rest.first().map_or(0, |byte| u32::from(*byte) << 8);
-    }
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    match !(sum as u16) {
-        0 => 0xffff,
+/// The checksum of UDP or TCP between two addresses, before UDP's own meaning of zero.
+pub(super) fn transport_checksum(
+    protocol: u8,
+    (from, to): (Ipv4Addr, Ipv4Addr),
+    segment: &[u8],
+) -> [u8; 2] {
+    let length = (segment.len() as u16).to_be_bytes();
+    let pseudo = [
+        &from.octets()[..],
+        &to.octets()[..],
+        &[0, protocol],
+        &length[..],
+    ];
+    checksum(&[&pseudo.concat()[..], segment].concat())
+}
+
+fn udp_checksum(from: Ipv4Addr, to: Ipv4Addr, datagram: &[u8]) -> [u8; 2] {
+    match transport_checksum(17, (from, to), datagram) {
+        [0, 0] => [0xff, 0xff],
         other => other,
     }
 }
@@ -171,8 +178,8 @@ mod tests {
         let (from, to) = (Ipv4Addr::new(10, 244, 1, 2), Ipv4Addr::new(10, 244, 2, 2));
         let mut datagram = vec![0x9c, 0x40, 0x23, 0x28, 0, 13, 0, 0, 1, 2, 3, 4, 5];
         let checksum = udp_checksum(from, to, &datagram);
-        datagram[6..8].copy_from_slice(&checksum.to_be_bytes());
+        datagram[6..8].copy_from_slice(&checksum);
         // Summed over itself it is what an all-ones sum turns into.
-        assert_eq!(udp_checksum(from, to, &datagram), 0xffff);
+        assert_eq!(udp_checksum(from, to, &datagram), [0xff, 0xff]);
     }
 }

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::{latency::Latency, ready, share, socket, told_to_finish};
@@ -81,6 +81,21 @@ pub struct ClientArgs {
 pub struct ServeReport {
     /// Requests answered.
     pub answered: u64,
+}
+
+impl ServeReport {
+    /// Demands that exactly the requests of this number of transactions were answered.
+    ///
+    /// # Errors
+    /// Names both numbers.
+    pub fn check(&self, transactions: u64) -> Result<()> {
+        ensure!(
+            self.answered == transactions,
+            "{} requests were answered, {transactions} responses came",
+            self.answered
+        );
+        Ok(())
+    }
 }
 
 /// What the client measured.

@@ -126,6 +126,15 @@ pub enum TcpState {
 }
 
 impl TcpState {
+    /// Has the connection been answered, and has not come to its end?
+    #[must_use]
+    pub fn is_alive(self) -> bool {
+        matches!(
+            self,
+            Self::SynRecv | Self::Established | Self::FinWait | Self::CloseWait | Self::LastAck
+        )
+    }
+
     fn from_number(number: u8) -> Self {
         [
             Self::SynSent,

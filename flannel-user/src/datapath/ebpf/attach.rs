@@ -1,7 +1,7 @@
 //! Which program sits where.
 //!
-//! tcx (Linux 6.6 and later): one pinned link per interface; the link survives
-//! the agent and its program is swapped atomically. Older kernels: a filter at
+//! tcx (Linux 6.6 and later): one pinned link per place; the link survives
+//! the agent and its program is swapped atomically ([`super::tcx`]). Older kernels: a filter at
 //! a clsact qdisc with a priority and handle of our own, which stays by itself;
 //! replacing it is atomic too. The qdisc is left in place when we go: adding
 //! and removing it loses packets.
@@ -10,13 +10,15 @@ use std::{
     collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
+    sync::mpsc::{Receiver, RecvTimeoutError},
+    time::Duration,
 };
 
-use anyhow::{Context as _, anyhow};
+use anyhow::Context as _;
 use aya::{
     programs::{
-        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
-        links::{FdLink, PinnedLink},
+        ProgramError, SchedClassifier, TcAttachType,
+        links::FdLink,
         tc::{
             NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions, TcHandle,
             qdisc_add_clsact,
@@ -25,11 +27,11 @@ use aya::{
     util::KernelVersion,
 };
 use flannel_ebpf::layout::{
-    FAST_PATH_LEARNED, FROM_POD, FROM_TUNNEL, FROM_UPLINK, TO_POD, TO_UPLINK,
+    FAST_PATH_LEARNED, FROM_POD, FROM_TUNNEL, FROM_UPLINK, PARKED, TO_POD, TO_UPLINK,
 };
 use tracing::{debug, info, warn};
 
-use super::{EbpfError, SyncReport, Wanted, object::Programs, pins::PinDir};
+use super::{EbpfError, SyncReport, Wanted, object::Programs, pins::PinDir, tcx};
 
 /// How programs are attached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -48,7 +50,7 @@ pub const CLSACT_PRIORITY: u16 = 0xc000;
 /// Where a program hooks in; those that only watch come first when attaching and last when
 /// detaching, so that whoever acts is always watched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Hook {
+pub(super) enum Hook {
     ToUplink,
     FromTunnel,
     ToPod,
@@ -67,7 +69,7 @@ impl Hook {
         }
     }
 
-    const fn attach_type(self) -> TcAttachType {
+    pub(super) const fn attach_type(self) -> TcAttachType {
         match self {
             Self::ToUplink | Self::ToPod => TcAttachType::Egress,
             _ => TcAttachType::Ingress,
@@ -88,14 +90,14 @@ impl Hook {
 
 /// One place for one program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Place {
-    hook: Hook,
+pub(super) struct Place {
+    pub(super) hook: Hook,
     ifindex: u32,
 }
 
 impl Place {
     /// Name of the link's pin: stable over all layouts.
-    fn pin_name(self) -> String {
+    pub(super) fn pin_name(self) -> String {
         format!("{}_{}", self.hook.pin(), self.ifindex)
     }
 }
@@ -106,6 +108,8 @@ pub(super) struct Attachments {
     handle: TcHandle,
     /// With the name of each interface.
     placed: BTreeMap<Place, String>,
+    /// Links with the program that does nothing, while the others are switched off.
+    parked: BTreeMap<Place, FdLink>,
     /// Leftovers of earlier agents have been looked for.
     swept: bool,
 }
@@ -124,6 +128,7 @@ impl Attachments {
             tcx,
             handle: TcHandle::from(vni + 1),
             placed: BTreeMap::new(),
+            parked: BTreeMap::new(),
             swept: false,
         }
     }
@@ -192,6 +197,8 @@ impl Attachments {
                 self.detach(pins, place, &interface);
             }
         }
+        // Places that nobody wants any more.
+        self.parked.clear();
         if !self.swept {
             self.sweep(pins);
             self.swept = true;
@@ -200,7 +207,7 @@ impl Attachments {
     }
 
     fn attach(
-        &self,
+        &mut self,
         programs: &mut Programs,
         pins: &PinDir,
         place: Place,
@@ -209,11 +216,93 @@ impl Attachments {
         let name = place.hook.program();
         let program = programs.classifier(name)?;
         pin_program(program, &pins.programs().join(name));
-        if self.tcx {
-            attach_tcx(program, pins, place, interface)
-        } else {
-            self.attach_clsact(program, place.hook, interface)
+        if !self.tcx {
+            return self.attach_clsact(program, place.hook, interface);
         }
+        if let Some(link) = self.parked.remove(&place) {
+            match tcx::resume(program, pins, place, link) {
+                Ok(()) => return Ok(()),
+                // The interface is another one now, or something detached the link.
+                Err(error) => debug!(interface, %error, "parked link not usable"),
+            }
+        }
+        tcx::attach(program, pins, place, interface)
+    }
+
+    /// Takes every program of ours away from its place and every pin. At tcx hooks the links
+    /// stay for a moment, with a program that does nothing: see [`Attachments::release`].
+    pub(super) fn park(&mut self, programs: &mut Programs, pins: &PinDir) {
+        let placed = std::mem::take(&mut self.placed);
+        if self.tcx && self.swept {
+            // Those who act go first.
+            for (place, interface) in placed.into_iter().rev() {
+                let link = programs
+                    .classifier(PARKED)
+                    .map_err(anyhow::Error::from)
+                    .and_then(|program| tcx::park(program, pins, place));
+                match link {
+                    Ok(link) => {
+                        self.parked.insert(place, link);
+                    }
+                    // Its interface is gone, or the link is detached below.
+                    Err(error) => debug!(interface, %error, "link not parked"),
+                }
+            }
+            remove_links(pins);
+        } else {
+            self.detach_all(pins);
+        }
+    }
+
+    /// Takes free places as soon as they are told, with the program that does nothing: each new
+    /// link takes the kernel some time. Ends when the others are loaded.
+    pub(super) fn take_places(
+        &mut self,
+        parked: &mut SchedClassifier,
+        pins: &PinDir,
+        told: &Receiver<Places>,
+        is_loading: &dyn Fn() -> bool,
+    ) {
+        let Places(places) = loop {
+            match told.recv_timeout(TELLING) {
+                Ok(places) => break places,
+                Err(RecvTimeoutError::Timeout) if is_loading() => {}
+                Err(_) => return,
+            }
+        };
+        if !self.tcx {
+            return;
+        }
+        let taken = pins.all_links();
+        let is_taken = |place: Place| {
+            let name = place.pin_name();
+            taken.iter().any(|links| links.join(&name).exists())
+        };
+        for (place, interface) in places {
+            if !is_loading() {
+                return;
+            }
+            if is_taken(place) {
+                continue;
+            }
+            match tcx::fresh(parked, place.hook, &interface) {
+                Ok(link) => {
+                    self.parked.insert(place, link);
+                }
+                // It is said when the program itself is attached.
+                Err(error) => debug!(interface, %error, "place not taken"),
+            }
+        }
+    }
+
+    /// Are there links that only keep places?
+    pub(super) fn keeps_places(&self) -> bool {
+        !self.parked.is_empty()
+    }
+
+    /// Gives the places up that were kept.
+    pub(super) fn release(&mut self) {
+        self.parked.clear();
     }
 
     /// Attaches again what somebody else detached; `false` if it is in place.
@@ -227,10 +316,10 @@ impl Attachments {
         let program = programs.classifier(place.hook.program())?;
         if self.tcx {
             // The kernel refuses one program twice on one hook.
-            let Ok(link) = fresh_tcx(program, place.hook, interface) else {
+            let Ok(link) = tcx::fresh(program, place.hook, interface) else {
                 return Ok(false);
             };
-            pin_link(link, &pins.links().join(place.pin_name()))?;
+            tcx::pin(link, &pins.links().join(place.pin_name()))?;
             return Ok(true);
         }
         let Ok(id) = self.fresh_clsact(program, place.hook, interface) else {
@@ -337,17 +426,27 @@ impl Attachments {
     }
 
     /// Detaches everything, whoever of us attached it.
-    pub(super) fn detach_all(self, pins: &PinDir) {
-        for path in link_pins(pins) {
-            if let Err(error) = fs::remove_file(&path) {
-                warn!(link = %path.display(), %error, "cannot detach");
-            }
-        }
+    pub(super) fn detach_all(&self, pins: &PinDir) {
+        remove_links(pins);
         for interface in interfaces() {
             for attach_type in SIDES {
                 self.detach_clsact(attach_type, &interface);
             }
         }
+    }
+}
+
+/// Between two looks whether everything is loaded.
+const TELLING: Duration = Duration::from_millis(2);
+
+/// Places that want a program, with the names of their interfaces.
+pub struct Places(BTreeMap<Place, String>);
+
+impl Places {
+    /// All that `wanted` has.
+    #[must_use]
+    pub fn of(wanted: &Wanted) -> Self {
+        Self(places(wanted))
     }
 }
 
@@ -373,6 +472,15 @@ fn places(wanted: &Wanted) -> BTreeMap<Place, String> {
         add(Hook::FromTunnel, wanted.node.tunnel, &wanted.tunnel);
     }
     places
+}
+
+/// Removes every pinned link of this network, and with it the link where nobody else holds it.
+fn remove_links(pins: &PinDir) {
+    for path in link_pins(pins) {
+        if let Err(error) = fs::remove_file(&path) {
+            warn!(link = %path.display(), %error, "cannot detach");
+        }
+    }
 }
 
 /// Every pinned link of this network.
@@ -402,83 +510,10 @@ fn interfaces() -> Vec<String> {
     }
 }
 
-/// Attaches by a pinned tcx link, or swaps the program under the link that a
-/// previous agent, of whatever layout, left there.
-fn attach_tcx(
-    program: &mut SchedClassifier,
-    pins: &PinDir,
-    place: Place,
-    interface: &str,
-) -> anyhow::Result<()> {
-    let name = place.pin_name();
-    let target = pins.links().join(&name);
-    for found in pins
-        .all_links()
-        .into_iter()
-        .map(|directory| directory.join(&name))
-    {
-        if !found.exists() {
-            continue;
-        }
-        match swap(program, &found) {
-            Ok(link) => {
-                if found != target {
-                    // The pin moves; the link itself stays attached all along.
-                    link.pin(&target)
-                        .with_context(|| format!("pin {}", target.display()))?;
-                    fs::remove_file(&found)
-                        .with_context(|| format!("remove {}", found.display()))?;
-                }
-                return Ok(());
-            }
-            Err(error) => {
-                // Its interface is gone, or it is no link of ours.
-                debug!(link = %found.display(), %error, "pinned link not usable");
-                fs::remove_file(&found).with_context(|| format!("remove {}", found.display()))?;
-            }
-        }
-    }
-    pin_link(fresh_tcx(program, place.hook, interface)?, &target)
-}
-
-/// A link of its own, behind all others on the hook.
-fn fresh_tcx(program: &mut SchedClassifier, hook: Hook, interface: &str) -> anyhow::Result<FdLink> {
-    let id = program.attach_with_options(
-        interface,
-        hook.attach_type(),
-        TcAttachOptions::TcxOrder(LinkOrder::last()),
-    )?;
-    Ok(program.take_link(id)?.try_into()?)
-}
-
-/// Pins a link in place of whatever is pinned there.
-fn pin_link(link: FdLink, target: &Path) -> anyhow::Result<()> {
-    match fs::remove_file(target) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(error).with_context(|| format!("remove {}", target.display()));
-        }
-        _ => {}
-    }
-    link.pin(target)
-        .with_context(|| format!("pin {}", target.display()))?;
-    Ok(())
-}
-
 /// Lets a filter outlive this process; aya would remove it on drop.
 fn keep_filter(program: &mut SchedClassifier, id: SchedClassifierLinkId) -> anyhow::Result<()> {
     std::mem::forget(program.take_link(id)?);
     Ok(())
-}
-
-/// Puts `program` under the pinned link and hands the link back.
-fn swap(program: &mut SchedClassifier, pin: &Path) -> anyhow::Result<FdLink> {
-    let link: SchedClassifierLink = FdLink::from(PinnedLink::from_pin(pin)?).try_into()?;
-    let id = program.attach_to_link(link)?;
-    let link: FdLink = program
-        .take_link(id)?
-        .try_into()
-        .map_err(|_| anyhow!("not a tcx link"))?;
-    Ok(link)
 }
 
 /// Pins the program itself, so that other tools find it by name. Not needed for forwarding.

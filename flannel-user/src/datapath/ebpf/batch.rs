@@ -11,8 +11,12 @@ use std::{
 
 use aya::{Pod, maps::MapData};
 
+use super::syscall::bpf;
+
 /// `BPF_MAP_LOOKUP_BATCH`.
 const LOOKUP_BATCH: libc::c_long = 24;
+/// `BPF_MAP_LOOKUP_AND_DELETE_BATCH`.
+const TAKE_BATCH: libc::c_long = 25;
 /// `BPF_MAP_UPDATE_BATCH`.
 const UPDATE_BATCH: libc::c_long = 26;
 /// Entries of one call: more than any bucket of a table holds.
@@ -53,17 +57,7 @@ pub fn update<K: Pod, V: Pod>(map: &MapData, keys: &[K], values: &[V]) -> io::Re
         };
         // SAFETY: the kernel reads `count` keys and values of the sizes compared above out of the
         // slices, which live until it returns.
-        let answer = unsafe {
-            libc::syscall(
-                libc::SYS_bpf,
-                UPDATE_BATCH,
-                &raw mut attributes,
-                size_of::<Attributes>(),
-            )
-        };
-        if answer < 0 {
-            return Err(io::Error::last_os_error());
-        }
+        unsafe { bpf(UPDATE_BATCH, &mut attributes) }?;
     }
     Ok(())
 }
@@ -79,7 +73,8 @@ fn expect_sizes<K, V>(map: &MapData) -> io::Result<()> {
     Ok(())
 }
 
-/// Calls `visit` with each entry of a hash map whose keys are `K` and whose values are `V`.
+/// Calls `visit` with each entry of a hash map or an array whose keys are `K` and whose values are
+/// `V`.
 ///
 /// # Errors
 /// What the kernel says; what was visited before stays visited.
@@ -106,19 +101,11 @@ pub fn for_each<K: Pod, V: Pod>(map: &MapData, mut visit: impl FnMut(&K, &V)) ->
         };
         // SAFETY: the kernel writes at most `count` keys and values of the sizes compared above
         // into the vectors' room, and a word into `next`; all live until it returns.
-        let answer = unsafe {
-            libc::syscall(
-                libc::SYS_bpf,
-                LOOKUP_BATCH,
-                &raw mut attributes,
-                size_of::<Attributes>(),
-            )
-        };
-        let error = (answer < 0).then(io::Error::last_os_error);
-        let is_last = match error {
-            None => false,
-            Some(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
-            Some(error) => return Err(error),
+        let answer = unsafe { bpf(LOOKUP_BATCH, &mut attributes) };
+        let is_last = match answer {
+            Ok(()) => false,
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+            Err(error) => return Err(error),
         };
         let found = (attributes.count as usize).min(entries);
         // SAFETY: the kernel has written so many; any bytes are valid for plain data.
@@ -131,6 +118,55 @@ pub fn for_each<K: Pod, V: Pod>(map: &MapData, mut visit: impl FnMut(&K, &V)) ->
         }
         if is_last {
             return Ok(());
+        }
+        place = next;
+        is_first = false;
+    }
+}
+
+/// Removes every entry of a hash map.
+///
+/// # Errors
+/// What the kernel says; what was removed before stays removed.
+pub fn empty(map: &MapData) -> io::Result<()> {
+    let info = map.info().map_err(io::Error::other)?;
+    let entries = ENTRIES.min(info.max_entries());
+    let room = |size: u32| vec![0_u8; size as usize * entries as usize];
+    let (mut keys, mut values) = (room(info.key_size()), room(info.value_size()));
+    let (mut place, mut next) = (0u32, 0u32);
+    let mut is_first = true;
+    loop {
+        let mut attributes = Attributes {
+            in_batch: if is_first {
+                0
+            } else {
+                (&raw const place) as u64
+            },
+            out_batch: (&raw mut next) as u64,
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: entries,
+            map: map.fd().as_fd().as_raw_fd().cast_unsigned(),
+            ..Attributes::default()
+        };
+        // SAFETY: the kernel writes at most `count` keys and values of the map's sizes into the
+        // vectors, which have that room, and a word into `next`; all live until it returns.
+        let answer = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                TAKE_BATCH,
+                &raw mut attributes,
+                size_of::<Attributes>(),
+            )
+        };
+        if answer < 0 {
+            let error = io::Error::last_os_error();
+            // The last bucket was reached.
+            return if error.raw_os_error() == Some(libc::ENOENT) {
+                Ok(())
+            } else {
+                Err(error)
+            };
         }
         place = next;
         is_first = false;

@@ -14,7 +14,7 @@ use flannel_ebpf::layout::{BYPASS_ANY, BYPASS_TCP, EPOCH, Epoch, GENERATIONS, ge
 use nix::time::{ClockId, clock_getres};
 use tracing::warn;
 
-use super::EbpfError;
+use super::{EbpfError, map_failed};
 
 /// How long verdicts of the generation before hold while they are rechecked. With the way of the
 /// event and a slow confirmation it stays far below the 100 ms that are promised.
@@ -91,11 +91,7 @@ impl Generation {
     /// A map could not be opened, read or written.
     pub(super) fn open(maps: &Path, jiffies: u32, validity: Duration) -> Result<Self, EbpfError> {
         let epoch: Array<MapData, Epoch> = pinned(maps, EPOCH)?;
-        let before = epoch.get(&0, 0).map_err(|source| EbpfError::Map {
-            action: "read",
-            map: EPOCH,
-            source,
-        })?;
+        let before = epoch.get(&0, 0).map_err(map_failed("read", EPOCH))?;
         let inner = Inner {
             epoch,
             generations: pinned(maps, GENERATIONS)?,
@@ -103,10 +99,16 @@ impl Generation {
             clock: Clock::new(jiffies),
         };
         let generation = Self(Arc::new(Mutex::new(inner)));
-        generation.set_validity(validity);
-        generation.raise();
-        generation.raise_classes();
+        generation.renew(jiffies, validity);
         Ok(generation)
+    }
+
+    /// Begins anew at `jiffies`, after a time in which nobody saw what happened.
+    pub(super) fn renew(&self, jiffies: u32, validity: Duration) {
+        self.set_clock(jiffies);
+        self.set_validity(validity);
+        self.raise();
+        self.raise_classes();
     }
 
     fn with<T>(&self, work: impl FnOnce(&mut Inner) -> T) -> T {
@@ -217,16 +219,9 @@ impl Generation {
 /// The map could not be opened, read or written.
 pub(super) fn close_own(maps: &Path) -> Result<(), EbpfError> {
     let mut epoch: Array<MapData, Epoch> = pinned(maps, EPOCH)?;
-    let failed = |action| {
-        move |source| EbpfError::Map {
-            action,
-            map: EPOCH,
-            source,
-        }
-    };
-    let mut value = epoch.get(&0, 0).map_err(failed("read"))?;
+    let mut value = epoch.get(&0, 0).map_err(map_failed("read", EPOCH))?;
     value.flags = 0;
-    epoch.set(0, value, 0).map_err(failed("write"))
+    epoch.set(0, value, 0).map_err(map_failed("write", EPOCH))
 }
 
 /// A second handle on a pinned array.
@@ -234,17 +229,12 @@ pub(super) fn pinned<T>(maps: &Path, name: &'static str) -> Result<T, EbpfError>
 where
     T: TryFrom<Map, Error = MapError>,
 {
-    let failed = |source| EbpfError::Map {
-        action: "open",
-        map: name,
-        source,
-    };
-    let data = MapData::from_pin(maps.join(name)).map_err(failed)?;
+    let data = MapData::from_pin(maps.join(name)).map_err(map_failed("open", name))?;
     let map = match name {
         flannel_ebpf::layout::COUNTERS => Map::PerCpuArray(data),
         _ => Map::Array(data),
     };
-    map.try_into().map_err(failed)
+    map.try_into().map_err(map_failed("open", name))
 }
 
 #[cfg(test)]

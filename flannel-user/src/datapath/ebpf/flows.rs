@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, btree_map::Entry as MapEntry},
-    net::{Ipv4Addr, SocketAddrV4},
+    net::Ipv4Addr,
     path::Path as FilePath,
 };
 
@@ -21,7 +21,9 @@ use flannel_ebpf::{
 
 use super::{
     EbpfError, batch,
+    ends::end,
     epoch::{Clock, pinned},
+    map_failed,
 };
 use crate::observe::flows::{Direction, Ends, Filter, Flow, Path, Protocol, Table, Why};
 
@@ -57,8 +59,9 @@ struct Entry {
 impl FlowTables {
     /// Opens the tables of `capacity` flows each that are pinned in `maps`.
     pub(super) fn open(maps: &FilePath, capacity: u32) -> Result<Self, EbpfError> {
-        let open =
-            |name: &'static str| MapData::from_pin(maps.join(name)).map_err(failed("open", name));
+        let open = |name: &'static str| {
+            MapData::from_pin(maps.join(name)).map_err(map_failed("open", name))
+        };
         Ok(Self {
             sent: open(FLOWS_OUT)?,
             received: open(FLOWS_IN)?,
@@ -112,7 +115,7 @@ impl FlowTables {
             for slot in [entry.verdict.pod_slot, entry.verdict.peer_slot] {
                 if let MapEntry::Vacant(place) = generations.entry(slot) {
                     let generation = self.generations.get(&u32::from(slot), 0);
-                    place.insert(generation.map_err(failed("read", GENERATIONS))?);
+                    place.insert(generation.map_err(map_failed("read", GENERATIONS))?);
                 }
             }
         }
@@ -137,16 +140,8 @@ impl FlowTables {
     }
 }
 
-fn failed(action: &'static str, map: &'static str) -> impl FnOnce(MapError) -> EbpfError {
-    move |source| EbpfError::Map {
-        action,
-        map,
-        source,
-    }
-}
-
 fn unread(map: &'static str) -> impl FnOnce(std::io::Error) -> EbpfError {
-    move |source| failed("read", map)(MapError::IoError(source))
+    move |source| map_failed("read", map)(MapError::IoError(source))
 }
 
 /// Does a new entry displace one? Each CPU keeps some unused ones aside, so a table never fills
@@ -155,10 +150,6 @@ fn is_full(flows: u64, capacity: u64, cpus: u64) -> bool {
     // As the kernel's bpf_lru_list counts.
     let spare = (capacity / cpus.max(1) / 2).clamp(1, MOST_SPARE);
     flows + spare * cpus >= capacity
-}
-
-fn end(address: [u8; 4], port: [u8; 2]) -> SocketAddrV4 {
-    SocketAddrV4::new(address.into(), u16::from_be_bytes(port))
 }
 
 fn protocol(key: &FlowKey) -> Option<Protocol> {

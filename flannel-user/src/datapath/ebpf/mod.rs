@@ -1,7 +1,7 @@
 //! The eBPF datapath: programs above the kernel path, filled and attached by us.
 //!
-//! Switching on is load, fill, attach; switching off is detach, then drop. All
-//! that must outlive the agent is pinned:
+//! Switching on is load, fill, attach; switching off is detach, then drop, though not at once:
+//! see [`parked`]. All that must outlive the agent is pinned:
 //!
 //! ```text
 //! <bpf-dir>/vni<VNI>/<layout>/maps/<NAME>
@@ -17,13 +17,18 @@
 
 mod attach;
 pub mod batch;
+mod counters;
+mod ends;
 pub mod epoch;
 mod flows;
 pub mod invalidation;
 mod object;
 mod own;
+mod parked;
 mod pins;
+mod syscall;
 mod tables;
+mod tcx;
 mod trace;
 
 use std::{
@@ -32,10 +37,12 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
+        mpsc::{self, Receiver},
     },
     time::Duration,
 };
 
+use aya::maps::MapError;
 use flannel_ebpf::{
     layout::{FAST_PATH_LEARNED, LocalPod, NodeConfig, POD_IN_KERNEL, Tally},
     reason::Reason,
@@ -53,9 +60,10 @@ use self::{
     tables::MapTables,
 };
 pub use self::{
-    attach::{CLSACT_PRIORITY, TcAttach},
+    attach::{CLSACT_PRIORITY, Places, TcAttach},
     object::Programs,
     own::OwnState,
+    parked::Parked,
     tables::Addresses,
 };
 use super::{conntrack::Conntrack, exclusion::Exclusions, pods::Pod, remotes::Remotes};
@@ -107,7 +115,7 @@ pub enum EbpfError {
         map: &'static str,
         /// What the kernel said.
         #[source]
-        source: aya::maps::MapError,
+        source: MapError,
     },
     /// What changes verdicts could not be watched.
     #[error("cannot watch what changes verdicts")]
@@ -127,6 +135,15 @@ pub enum EbpfError {
         #[source]
         source: anyhow::Error,
     },
+}
+
+/// For `map_err`: what was tried with which map.
+fn map_failed(action: &'static str, map: &'static str) -> impl FnOnce(MapError) -> EbpfError {
+    move |source| EbpfError::Map {
+        action,
+        map,
+        source,
+    }
 }
 
 /// Where and how the programs live.
@@ -207,15 +224,27 @@ impl EbpfDatapath {
     /// # Errors
     /// The kernel cannot run the programs, or the BPF file system is not usable.
     pub fn open(options: &EbpfOptions) -> Result<Self, EbpfError> {
+        Self::open_beside(options, &mpsc::channel().1)
+    }
+
+    /// The same; places that are told while it loads are taken already, by a program that does
+    /// nothing.
+    ///
+    /// # Errors
+    /// As [`EbpfDatapath::open`].
+    pub fn open_beside(options: &EbpfOptions, told: &Receiver<Places>) -> Result<Self, EbpfError> {
         let pins = PinDir::prepare(options)?;
-        let mut programs = Programs::load(Some(&pins.maps()), options.flows)?;
+        let mut attachments = Attachments::new(options.attach, options.vni);
+        let mut programs =
+            Programs::load_beside(Some(&pins.maps()), options.flows, |parked, is_loading| {
+                attachments.take_places(parked, &pins, told, is_loading);
+            })?;
         let trace = trace::follow(&mut programs);
         let tables = MapTables::open(&mut programs)?;
         let jiffies = programs.jiffies()?;
         let generation = Generation::open(&pins.maps(), jiffies, options.validity)?;
         let flows = FlowTables::open(&pins.maps(), options.flows)?;
         let classes = ClassTable::open(&pins.maps())?;
-        let attachments = Attachments::new(options.attach, options.vni);
         Ok(Self {
             programs,
             tables,
@@ -374,35 +403,24 @@ impl EbpfDatapath {
         self.tables.counters()
     }
 
+    /// What is under way comes to its end, and nothing bypasses the stack any more.
+    fn quiesce(&mut self) {
+        // What conntrack does not know yet is handed over while the programs still carry it.
+        self.own = None;
+        // Nothing bypasses the stack any more while the programs go one by one.
+        self.generation.allow(false, false);
+        self.invalidation = None;
+    }
+
     /// Detaches every program and removes every pin: all packets take the kernel path.
     ///
     /// # Errors
     /// A pin could not be removed; the programs are detached all the same where
     /// that was possible.
-    pub fn close(self) -> Result<(), EbpfError> {
-        let Self {
-            programs,
-            tables,
-            attachments,
-            generation,
-            flows,
-            classes,
-            invalidation,
-            own,
-            tunnel: _,
-            is_emptied: _,
-            options: _,
-            pins,
-            _trace,
-        } = self;
-        // What conntrack does not know yet is handed over while the programs still carry it.
-        drop(own);
-        // Nothing bypasses the stack any more while the programs go one by one.
-        generation.allow(false, false);
-        drop(invalidation);
-        attachments.detach_all(&pins);
-        drop((programs, tables, flows, classes));
-        pins.remove_all()
+    pub fn close(mut self) -> Result<(), EbpfError> {
+        self.quiesce();
+        self.attachments.detach_all(&self.pins);
+        self.pins.remove_all()
     }
 
     /// Detaches and removes what an agent of this network left behind.

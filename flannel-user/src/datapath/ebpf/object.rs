@@ -1,22 +1,35 @@
 //! The embedded kernel object and its programs.
 
 use std::{
+    collections::BTreeMap,
     hash::{DefaultHasher, Hash, Hasher},
     path::Path,
+    sync::OnceLock,
+    thread,
 };
 
 use aya::{
     Ebpf, EbpfLoader,
-    programs::{SchedClassifier, TestRun as _, TestRunOptions},
+    programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions},
 };
 use flannel_ebpf::layout::{
-    CLOCK, FLOWS_IN, FLOWS_OUT, FROM_POD, FROM_TUNNEL, FROM_UPLINK, TO_POD, TO_UPLINK,
+    CLOCK, FLOWS_IN, FLOWS_OUT, FROM_POD, FROM_TUNNEL, FROM_UPLINK, PARKED, TO_POD, TO_UPLINK,
 };
 
 use super::EbpfError;
 
 /// What `cargo xtask build-ebpf` made; the build script puts it there.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/flannel.o"));
+
+/// Every program but [`PARKED`], the one that takes the verifier longest first.
+const PROGRAMS: [&str; 6] = [FROM_POD, FROM_UPLINK, TO_UPLINK, FROM_TUNNEL, TO_POD, CLOCK];
+
+fn missing_program(name: &str) -> EbpfError {
+    EbpfError::Missing {
+        kind: "program",
+        name: name.to_owned(),
+    }
+}
 
 /// All programs, loaded, with their maps.
 pub struct Programs {
@@ -36,6 +49,24 @@ pub(super) struct MapShape {
 
 /// Every map of the object, in order of its name; the flow tables with room for `flows`.
 pub(super) fn map_shapes(flows: u32) -> Result<Vec<MapShape>, EbpfError> {
+    static SHAPES: OnceLock<Vec<MapShape>> = OnceLock::new();
+    let mut shapes = match SHAPES.get() {
+        Some(shapes) => shapes.clone(),
+        None => {
+            let parsed = parse_shapes()?;
+            SHAPES.get_or_init(|| parsed).clone()
+        }
+    };
+    for shape in &mut shapes {
+        if [FLOWS_OUT, FLOWS_IN].contains(&shape.name.as_str()) {
+            shape.max_entries = flows;
+        }
+    }
+    Ok(shapes)
+}
+
+/// The same as the object has them.
+fn parse_shapes() -> Result<Vec<MapShape>, EbpfError> {
     let object = aya_obj::Object::parse(OBJECT).map_err(aya::EbpfError::from)?;
     let mut shapes: Vec<MapShape> = object
         .maps
@@ -45,11 +76,7 @@ pub(super) fn map_shapes(flows: u32) -> Result<Vec<MapShape>, EbpfError> {
             map_type: map.map_type(),
             key_size: map.key_size(),
             value_size: map.value_size(),
-            max_entries: if [FLOWS_OUT, FLOWS_IN].contains(&name.as_str()) {
-                flows
-            } else {
-                map.max_entries()
-            },
+            max_entries: map.max_entries(),
             flags: map.map_flags(),
         })
         .collect();
@@ -72,6 +99,16 @@ impl Programs {
     /// # Errors
     /// The kernel refused a map or a program.
     pub fn load(maps: Option<&Path>, flows: u32) -> Result<Self, EbpfError> {
+        Self::load_beside(maps, flows, |_, _| {})
+    }
+
+    /// The same; `meanwhile` gets [`PARKED`], which is loaded already, and may work as long as the
+    /// question that it gets too says that others are being loaded.
+    pub(super) fn load_beside(
+        maps: Option<&Path>,
+        flows: u32,
+        meanwhile: impl FnOnce(&mut SchedClassifier, &dyn Fn() -> bool),
+    ) -> Result<Self, EbpfError> {
         let mut loader = EbpfLoader::new();
         for name in [FLOWS_OUT, FLOWS_IN] {
             loader.map_max_entries(name, flows);
@@ -88,16 +125,43 @@ impl Programs {
         let mut programs = Self {
             ebpf: loader.load(OBJECT)?,
         };
-        for name in [FROM_POD, FROM_UPLINK, TO_UPLINK, FROM_TUNNEL, TO_POD, CLOCK] {
-            programs
-                .classifier(name)?
-                .load()
-                .map_err(|source| EbpfError::Program {
-                    program: name,
-                    source,
-                })?;
-        }
+        programs.load_all(meanwhile)?;
         Ok(programs)
+    }
+
+    /// Loads each program in a thread of its own: the verifier takes up to a tenth of a second
+    /// for one, and looks at several at once.
+    fn load_all(
+        &mut self,
+        meanwhile: impl FnOnce(&mut SchedClassifier, &dyn Fn() -> bool),
+    ) -> Result<(), EbpfError> {
+        let mut programs = BTreeMap::new();
+        for (name, program) in self.ebpf.programs_mut() {
+            if let Ok(program) = <&mut SchedClassifier>::try_from(program) {
+                programs.insert(name, program);
+            }
+        }
+        let mut take = |name| programs.remove(name).ok_or_else(|| missing_program(name));
+        let refused = |program| move |source| EbpfError::Program { program, source };
+        let parked = take(PARKED)?;
+        parked.load().map_err(refused(PARKED))?;
+        let wanted = PROGRAMS.map(|name| Ok((name, take(name)?)));
+        let wanted = wanted.into_iter().collect::<Result<Vec<_>, EbpfError>>()?;
+        thread::scope(|scope| {
+            let loads: Vec<_> = wanted
+                .into_iter()
+                .map(|(name, program)| (name, scope.spawn(|| program.load())))
+                .collect();
+            meanwhile(parked, &|| {
+                loads.iter().any(|(_, load)| !load.is_finished())
+            });
+            for (name, load) in loads {
+                load.join()
+                    .unwrap_or(Err(ProgramError::NotLoaded))
+                    .map_err(refused(name))?;
+            }
+            Ok(())
+        })
     }
 
     /// One program by its name.
@@ -108,10 +172,7 @@ impl Programs {
         self.ebpf
             .program_mut(name)
             .and_then(|program| program.try_into().ok())
-            .ok_or_else(|| EbpfError::Missing {
-                kind: "program",
-                name: name.to_owned(),
-            })
+            .ok_or_else(|| missing_program(name))
     }
 
     /// The low 32 bits of the kernel's jiffies, as the programs read them.

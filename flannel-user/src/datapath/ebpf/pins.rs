@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use aya::maps::MapInfo;
+use aya::maps::{MapData, MapInfo};
 use tracing::warn;
 
 use super::{
@@ -43,9 +43,7 @@ impl PinDir {
     pub(super) fn prepare(options: &EbpfOptions) -> Result<Self, EbpfError> {
         let shapes = map_shapes(options.flows)?;
         let pins = Self::locate(options, &shapes);
-        for part in [pins.maps(), pins.programs(), pins.links()] {
-            fs::create_dir_all(&part).map_err(io_error("create", &part))?;
-        }
+        pins.make()?;
         for shape in &shapes {
             let path = pins.maps().join(&shape.name);
             if path.exists() && !is_like(&path, shape) {
@@ -54,6 +52,40 @@ impl PinDir {
             }
         }
         Ok(pins)
+    }
+
+    /// Makes the directories.
+    pub(super) fn make(&self) -> Result<(), EbpfError> {
+        for part in [self.maps(), self.programs(), self.links()] {
+            fs::create_dir_all(&part).map_err(io_error("create", &part))?;
+        }
+        Ok(())
+    }
+
+    /// Every pinned map of this layout with its name, open.
+    pub(super) fn open_maps(&self) -> Result<Vec<(String, MapData)>, EbpfError> {
+        let directory = self.maps();
+        let entries = fs::read_dir(&directory).map_err(io_error("read", &directory))?;
+        entries
+            .map(|entry| {
+                let path = entry.map_err(io_error("read", &directory))?.path();
+                let name = path.file_name().unwrap_or_default();
+                let name = name.to_string_lossy().into_owned();
+                let map = MapData::from_pin(&path).map_err(io::Error::other);
+                Ok((name, map.map_err(io_error("open", &path))?))
+            })
+            .collect()
+    }
+
+    /// Pins maps that were pinned there before.
+    pub(super) fn pin_maps(&self, maps: &[(String, MapData)]) -> Result<(), EbpfError> {
+        for (name, map) in maps {
+            let path = self.maps().join(name);
+            map.pin(&path)
+                .map_err(io::Error::other)
+                .map_err(io_error("pin", &path))?;
+        }
+        Ok(())
     }
 
     /// The directory if an agent of this network has been here.
@@ -103,7 +135,7 @@ impl PinDir {
     }
 
     /// Removes everything of this network.
-    pub(super) fn remove_all(self) -> Result<(), EbpfError> {
+    pub(super) fn remove_all(&self) -> Result<(), EbpfError> {
         match fs::remove_dir_all(&self.network) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(io_error("remove", &self.network)(error))

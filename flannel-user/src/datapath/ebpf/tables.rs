@@ -21,7 +21,7 @@ use flannel_ebpf::{
 use ipnet::Ipv4Net;
 use tracing::debug;
 
-use super::{EbpfError, batch, epoch::Generation, object::Programs};
+use super::{EbpfError, batch, counters, epoch::Generation, map_failed, object::Programs};
 use crate::datapath::{exclusion::Exclusions, remotes::Remotes};
 
 /// From so many new entries on they are written in batches.
@@ -110,11 +110,7 @@ struct Mirror<M, K, V> {
 
 impl<M: Keyed<K, V>, K: Ord + Clone, V: PartialEq + Clone> Mirror<M, K, V> {
     fn open(name: &'static str, map: M) -> Result<Self, EbpfError> {
-        let held = map.entries().map_err(|source| EbpfError::Map {
-            action: "list",
-            map: name,
-            source,
-        })?;
+        let held = map.entries().map_err(map_failed("list", name))?;
         Ok(Self { name, map, held })
     }
 
@@ -161,11 +157,7 @@ impl<M: Keyed<K, V>, K: Ord + Clone, V: PartialEq + Clone> Mirror<M, K, V> {
             if !is_done {
                 self.map
                     .put(&key, &value)
-                    .map_err(|source| EbpfError::Map {
-                        action: "write",
-                        map: self.name,
-                        source,
-                    })?;
+                    .map_err(map_failed("write", self.name))?;
             }
             self.held.insert(key, value);
         }
@@ -189,18 +181,7 @@ impl<M: Keyed<K, V>, K: Ord + Clone, V: PartialEq + Clone> Mirror<M, K, V> {
                 .collect(),
         };
         for key in stale {
-            match self.map.delete(&key) {
-                Ok(()) | Err(MapError::KeyNotFound) => {}
-                Err(MapError::SyscallError(error))
-                    if error.io_error.kind() == std::io::ErrorKind::NotFound => {}
-                Err(source) => {
-                    return Err(EbpfError::Map {
-                        action: "remove from",
-                        map: self.name,
-                        source,
-                    });
-                }
-            }
+            absent(self.map.delete(&key)).map_err(map_failed("remove from", self.name))?;
             self.held.remove(&key);
         }
         Ok(())
@@ -219,6 +200,7 @@ pub(super) struct MapTables {
     excluded_ports: Array<MapData, u64>,
     /// What the array holds.
     ports: Vec<u64>,
+    written_exclusions: Option<Exclusions>,
     flows_out: HashMap<MapData, FlowKey, OutFlow>,
     flows_in: HashMap<MapData, FlowKey, InFlow>,
 }
@@ -231,27 +213,16 @@ impl MapTables {
                 programs
                     .take_map($name)?
                     .try_into()
-                    .map_err(|source| EbpfError::Map {
-                        action: "use",
-                        map: $name,
-                        source,
-                    })?
+                    .map_err(map_failed("use", $name))?
             };
         }
         spread_idents(map!(IDENT))?;
         let excluded_ports: Array<MapData, u64> = map!(EXCLUDED_PORTS);
-        let ports: Result<Vec<u64>, MapError> = (0..PORT_WORDS)
-            .map(|word| excluded_ports.get(&word, 0))
-            .collect();
-        let ports = ports.map_err(|source| EbpfError::Map {
-            action: "read",
-            map: EXCLUDED_PORTS,
-            source,
-        })?;
         Ok(Self {
             excluded_subnets: Mirror::open(EXCLUDED_SUBNETS, map!(EXCLUDED_SUBNETS))?,
+            ports: port_words(&excluded_ports)?,
             excluded_ports,
-            ports,
+            written_exclusions: None,
             flows_out: map!(FLOWS_OUT),
             flows_in: map!(FLOWS_IN),
             node: map!(NODE),
@@ -281,11 +252,9 @@ impl MapTables {
         self.remotes.add(subnets, touched.subnets())?;
         self.pods.add(pods, None)?;
         if self.written_node.as_ref() != Some(node) {
-            self.node.set(0, node, 0).map_err(|source| EbpfError::Map {
-                action: "write",
-                map: NODE,
-                source,
-            })?;
+            self.node
+                .set(0, node, 0)
+                .map_err(map_failed("write", NODE))?;
             self.written_node = Some(*node);
             generation.raise();
         }
@@ -309,6 +278,9 @@ impl MapTables {
     /// Makes the programs leave these to the kernel. Where that changes anything all flows are
     /// forgotten: a verdict that was learned before would hold on.
     pub(super) fn exclude(&mut self, exclusions: &Exclusions) -> Result<(), EbpfError> {
+        if self.written_exclusions.as_ref() == Some(exclusions) {
+            return Ok(());
+        }
         let subnets: BTreeMap<Ipv4Net, u32> = exclusions
             .subnets
             .iter()
@@ -318,23 +290,21 @@ impl MapTables {
         for port in &exclusions.ports {
             ports[usize::from(port >> 6)] |= 1 << (port & 63);
         }
-        if self.excluded_subnets.held == subnets && self.ports == ports {
-            return Ok(());
+        // An agent before us may have left just that.
+        if self.excluded_subnets.held != subnets || self.ports != ports {
+            self.excluded_subnets.add(&subnets, None)?;
+            self.excluded_subnets.trim(&subnets, None)?;
+            for (index, word) in (0_u32..).zip(&ports) {
+                self.excluded_ports
+                    .set(index, word, 0)
+                    .map_err(map_failed("write", EXCLUDED_PORTS))?;
+            }
+            self.ports = ports;
+            forget(FLOWS_OUT, &mut self.flows_out)?;
+            forget(FLOWS_IN, &mut self.flows_in)?;
         }
-        self.excluded_subnets.add(&subnets, None)?;
-        self.excluded_subnets.trim(&subnets, None)?;
-        for (index, word) in (0_u32..).zip(&ports) {
-            self.excluded_ports
-                .set(index, word, 0)
-                .map_err(|source| EbpfError::Map {
-                    action: "write",
-                    map: EXCLUDED_PORTS,
-                    source,
-                })?;
-        }
-        self.ports = ports;
-        forget(FLOWS_OUT, &mut self.flows_out)?;
-        forget(FLOWS_IN, &mut self.flows_in)
+        self.written_exclusions = Some(exclusions.clone());
+        Ok(())
     }
 
     /// Who has an address.
@@ -343,27 +313,45 @@ impl MapTables {
         self.remotes.map.get(&key, 0).ok()
     }
 
+    /// Every counter starts at 0 again.
+    pub(super) fn reset_counters(&mut self) -> Result<(), EbpfError> {
+        let failed = |source| EbpfError::Map {
+            action: "write",
+            map: COUNTERS,
+            source,
+        };
+        let cpus = self.counters.get(&0, 0).map_err(failed)?.len();
+        for reason in Reason::ALL {
+            let zeros = PerCpuValues::try_from(vec![Tally::default(); cpus])
+                .map_err(|error| failed(MapError::IoError(error)))?;
+            self.counters
+                .set(reason.index(), zeros, 0)
+                .map_err(failed)?;
+        }
+        Ok(())
+    }
+
     /// Every outcome, summed over all CPUs.
     pub(super) fn counters(&self) -> Result<Vec<(Reason, Tally)>, EbpfError> {
         Reason::ALL
             .iter()
             .map(|reason| {
-                let per_cpu =
-                    self.counters
-                        .get(&reason.index(), 0)
-                        .map_err(|source| EbpfError::Map {
-                            action: "read",
-                            map: COUNTERS,
-                            source,
-                        })?;
-                let sum = per_cpu.iter().fold(Tally::default(), |sum, tally| Tally {
-                    packets: sum.packets + tally.packets,
-                    bytes: sum.bytes + tally.bytes,
-                });
-                Ok((*reason, sum))
+                let tally = counters::total(&self.counters, *reason);
+                Ok((*reason, tally.map_err(map_failed("read", COUNTERS))?))
             })
             .collect()
     }
+}
+
+/// Reads the whole array.
+fn port_words(ports: &Array<MapData, u64>) -> Result<Vec<u64>, EbpfError> {
+    let mut words = vec![0; PORT_WORDS as usize];
+    batch::for_each(ports.map(), |index: &u32, word: &u64| {
+        words[*index as usize] = *word;
+    })
+    .map_err(MapError::IoError)
+    .map_err(map_failed("read", EXCLUDED_PORTS))?;
+    Ok(words)
 }
 
 /// Empties a flow table; its flows take the stack and are learned again.
@@ -371,48 +359,40 @@ fn forget<V: Pod>(
     name: &'static str,
     flows: &mut HashMap<MapData, FlowKey, V>,
 ) -> Result<(), EbpfError> {
-    let failed = |action| {
-        move |source| EbpfError::Map {
-            action,
-            map: name,
-            source,
-        }
-    };
     let keys: Result<Vec<FlowKey>, MapError> = flows.keys().collect();
-    for key in keys.map_err(failed("list"))? {
-        match flows.remove(&key) {
-            Ok(()) | Err(MapError::KeyNotFound) => {}
-            Err(MapError::SyscallError(error))
-                if error.io_error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(source) => return Err(failed("remove from")(source)),
-        }
+    for key in keys.map_err(map_failed("list", name))? {
+        absent(flows.remove(&key)).map_err(map_failed("remove from", name))?;
     }
     Ok(())
+}
+
+/// What came of a removal: that the entry is gone already is fine.
+fn absent(removed: Result<(), MapError>) -> Result<(), MapError> {
+    match removed {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error))
+            if error.io_error.kind() == std::io::ErrorKind::NotFound =>
+        {
+            Ok(())
+        }
+        other => other,
+    }
 }
 
 /// Gives each CPU its own stretch of outer IP identifications, so that two of
 /// them seldom use the same one at the same time. Running counters stay.
 fn spread_idents(mut idents: PerCpuArray<MapData, u32>) -> Result<(), EbpfError> {
-    let failed = |action| {
-        move |source| EbpfError::Map {
-            action,
-            map: IDENT,
-            source,
-        }
-    };
-    let running = idents.get(&0, 0).map_err(failed("read"))?;
+    let running = idents.get(&0, 0).map_err(map_failed("read", IDENT))?;
     if running.iter().any(|ident| *ident != 0) {
         return Ok(());
     }
     let cpus = nr_cpus().map_or(running.len(), |cpus| cpus).max(1);
     let stretch = (1 << 16) / cpus as u32;
     let starts: Vec<u32> = (0..running.len() as u32).map(|cpu| cpu * stretch).collect();
-    let values = PerCpuValues::try_from(starts).map_err(|error| EbpfError::Map {
-        action: "write",
-        map: IDENT,
-        source: MapError::IoError(error),
-    })?;
-    idents.set(0, values, 0).map_err(failed("write"))
+    let values = PerCpuValues::try_from(starts)
+        .map_err(MapError::IoError)
+        .map_err(map_failed("write", IDENT))?;
+    idents.set(0, values, 0).map_err(map_failed("write", IDENT))
 }
 
 #[cfg(test)]

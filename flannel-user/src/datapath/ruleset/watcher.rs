@@ -75,6 +75,8 @@ pub struct Watcher {
     /// The legacy rules as they were read.
     text: String,
     looked_at_legacy: Option<Instant>,
+    /// Their lock was held since the last look.
+    was_locked: bool,
     asked_extents: Option<Instant>,
     /// When the last reading ended, and how long it took.
     last: Option<(Instant, Duration)>,
@@ -102,6 +104,7 @@ impl Watcher {
             extents: Vec::new(),
             text: String::new(),
             looked_at_legacy: None,
+            was_locked: false,
             asked_extents: None,
             last: None,
             effort: None,
@@ -114,6 +117,13 @@ impl Watcher {
     #[must_use]
     pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         self.legacy.descriptor()
+    }
+
+    /// Has something happened that [`Watcher::descriptor`] tells of? For callers that look at it
+    /// now and then instead of waiting.
+    pub fn has_news(&mut self) -> bool {
+        self.was_locked |= self.legacy.was_locked();
+        self.was_locked
     }
 
     /// The rules that a class cannot stand for, as they were read last.
@@ -135,7 +145,8 @@ impl Watcher {
     /// It is not known what the rules depend on; what was found before may be wrong.
     pub fn look(&mut self) -> Result<Look, RulesetError> {
         // Before reading, so that what happens meanwhile is seen the next time.
-        let was_locked = self.legacy.was_locked();
+        let was_locked = self.has_news();
+        self.was_locked = false;
         if was_locked {
             self.looked_at_legacy = None;
         }

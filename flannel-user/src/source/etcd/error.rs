@@ -3,6 +3,7 @@
 use std::{error::Error as _, path::Path};
 
 use super::options::OptionsError;
+use crate::error_chain::in_one_line;
 
 /// A call to etcd failed.
 #[derive(Debug, thiserror::Error)]
@@ -64,13 +65,13 @@ impl EtcdError {
         let endpoint = endpoint.to_owned();
         let etcd_client::Error::GRpcStatus(status) = error else {
             let message = match error {
-                etcd_client::Error::TransportError(error) => chain(error),
+                etcd_client::Error::TransportError(error) => in_one_line(error),
                 other => other.to_string(),
             };
             return Self::Unavailable { endpoint, message };
         };
         let message = match status.source() {
-            Some(source) => chain(source),
+            Some(source) => in_one_line(source),
             None => status.message().to_owned(),
         };
         match i32::from(status.code()) {
@@ -135,18 +136,4 @@ fn advice(message: &str) -> &'static str {
     } else {
         ""
     }
-}
-
-/// The causes that say something, outermost first.
-fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut parts: Vec<String> = Vec::new();
-    let mut next = Some(error);
-    while let Some(error) = next {
-        let text = error.to_string();
-        if !parts.iter().any(|part| part.contains(&text)) {
-            parts.push(text);
-        }
-        next = error.source();
-    }
-    parts.join(": ")
 }

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     probe::Pace,
     select::{Part, Selection},
-    side::{NETLINK, Side},
+    side::{FLOWS, NETLINK, Side},
     stats::Summary,
 };
 
@@ -117,8 +117,8 @@ pub fn measure(
         .iter()
         .filter(|side| selection.side(&side.name))
         .filter(|side| side.name == NETLINK || side.has_programs())
-        // Long flows, which classes leave to what is learned.
-        .filter(|side| !side.is_classes())
+        // Long flows, to which classes are nothing.
+        .filter(|side| side.name != FLOWS)
         .collect();
     let mut curves = Vec::new();
     if selection.part(Part::GrowthOfAgent) {

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -24,9 +24,9 @@ use crate::{
         side::Side,
         stage::{Passed, Port, Stage},
     },
+    ends::Ends,
     node::Node,
-    task::Task,
-    traffic::flows::{FlowsReport, ServeReport},
+    traffic::{flows::FlowsReport, request_response::ServeReport},
 };
 
 /// Rounds at each point.
@@ -158,29 +158,21 @@ pub(super) fn flows(sides: &[&Side], sizes: &[u32], pace: Pace) -> Result<Vec<Cu
 }
 
 fn among(stage: &Stage, flows: u32, pace: Pace) -> Result<f64> {
-    let (to, port) = stage.way_to(Port::Flows, Target::Pod);
+    let to = stage.way_to(Port::Flows, Target::Pod);
     let (cpu, seconds, turns) = (pace.cpu, pace.seconds, turns(flows));
     let way = stage.side.way(Target::Pod).context("a side between pods")?;
     stage.warm_up()?;
     let watch = stage.watch()?;
-    let server = Task::start(
-        stage.server(),
-        &format!("flows-serve --port {port} --ports {SERVER_PORTS} --cpu {cpu}"),
-    )?;
-    let report: FlowsReport = Task::start(
+    let (report, served): (FlowsReport, ServeReport) = Ends::start(
         stage.client(),
+        (stage.server(), to),
+        &format!("flows-serve --ports {SERVER_PORTS} --cpu {cpu}"),
         &format!(
-            "flows --to {to} --ports {SERVER_PORTS} --flows {flows} --turns {turns} --seconds {seconds} --cpu {cpu}"
+            "flows --ports {SERVER_PORTS} --flows {flows} --turns {turns} --seconds {seconds} --cpu {cpu}"
         ),
     )?
     .result()?;
-    let served: ServeReport = server.finish()?;
-    ensure!(
-        served.answered == report.all,
-        "{} requests were answered of {}",
-        served.answered,
-        report.all
-    );
+    served.check(report.all)?;
     let passed = Passed {
         there: report.all,
         back: report.all,

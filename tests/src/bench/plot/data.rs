@@ -39,7 +39,7 @@ impl Bar {
             "host-nf" => "rules",
             "netlink" => "flannel's",
             "learned" => "default",
-            "classes" => "opt-in",
+            "learned-flows" => "no classes",
             "direct" => "blind",
             "veth" => "no node",
             _ => "another agent",
@@ -216,12 +216,11 @@ mod tests {
     use super::*;
     use crate::bench::{
         growth::Point,
-        machine::Machine,
-        results::{Settings, rows, tests::series},
+        results::tests::{report, series},
         stats::Summary,
     };
 
-    fn report() -> Report {
+    fn two_headlines() -> Report {
         let [mut slow, mut fast] = [series("netlink", &[2.0]), series("direct", &[1.0])];
         for one in [&mut slow, &mut fast] {
             one.measure = "tcp_rr_p50".to_owned();
@@ -233,30 +232,18 @@ mod tests {
             one.measure = "first_packet".to_owned();
             one.figure.better = Better::Lower;
         }
-        Report {
-            machine: Machine::default(),
-            settings: Settings {
-                quick: true,
-                rounds: 2,
-                seconds: 1.0,
-                cpu: 0,
-            },
-            results: rows(&[slow, fast, base, first]),
-            distributions: Vec::new(),
-            programs: Vec::new(),
-            growth: Vec::new(),
-        }
+        report(&[slow, fast, base, first])
     }
 
     #[test]
     fn less_time_is_more_speed() {
-        let panels = ratios(&report(), "pod");
+        let panels = ratios(&two_headlines(), "pod");
         assert_eq!(panels.len(), 2);
         assert!((panels[0].bars[1].value - 2.0).abs() < 1e-9);
         let first = &panels[1].bars[1];
         assert_eq!(first.spread, [2.0, 4.0]);
         assert!(first.spread[0] <= first.value && first.value <= first.spread[1]);
-        assert_eq!(ratios(&report(), "service"), []);
+        assert_eq!(ratios(&two_headlines(), "service"), []);
     }
 
     #[test]

@@ -2,19 +2,20 @@
 
 use anyhow::{Error, Result};
 use plotters::{
-    coord::Shift,
+    chart::ChartContext,
+    coord::{Shift, types::RangedCoordf64},
     prelude::{
-        ChartBuilder, Circle, DrawingArea, DrawingBackend, IntoLogRange, LineSeries, PathElement,
-        Rectangle, SeriesLabelPosition, Text,
+        Cartesian2d, ChartBuilder, Circle, DrawingArea, DrawingBackend, IntoLogRange, LineSeries,
+        PathElement, Ranged, Rectangle, SeriesLabelPosition, Text,
     },
     style::{
-        Color, IntoFont, RGBColor, ShapeStyle, TextStyle,
-        colors::{BLACK, WHITE},
+        Color, IntoFont, RGBAColor, RGBColor, ShapeStyle, TextStyle,
+        colors::{BLACK, TRANSPARENT, WHITE},
         text_anchor::{HPos, Pos, VPos},
     },
 };
 
-use super::data::{Bar, Chart, Panel};
+use super::data::{Bar, Chart, Line, Panel};
 use crate::bench::markdown::number;
 
 const GREY: RGBColor = RGBColor(120, 120, 120);
@@ -41,7 +42,7 @@ fn colour(side: &str, index: usize) -> RGBColor {
         "host-nf" => RGBColor(110, 110, 110),
         "netlink" | "etcd" => RGBColor(213, 94, 0),
         "learned" => RGBColor(0, 158, 115),
-        "classes" => RGBColor(86, 180, 233),
+        "learned-flows" => RGBColor(86, 180, 233),
         "direct" | "directory" => RGBColor(0, 114, 178),
         "veth" => RGBColor(204, 121, 167),
         _ => [
@@ -66,6 +67,28 @@ fn io<E: std::error::Error + Send + Sync + 'static>(error: E) -> Error {
     Error::new(error)
 }
 
+/// What is left of a picture below its title, and above so many pixels at its foot.
+fn headed<B: DrawingBackend>(
+    area: &DrawingArea<B, Shift>,
+    title: &str,
+    foot: i32,
+) -> Result<DrawingArea<B, Shift>>
+where
+    B::ErrorType: 'static,
+{
+    let area = area.margin(14, foot, 0, 0);
+    area.titled(title, text(28, BLACK)).map_err(io)
+}
+
+/// Room for so many parts, row by row.
+fn parts<B: DrawingBackend>(
+    area: &DrawingArea<B, Shift>,
+    count: usize,
+) -> Vec<DrawingArea<B, Shift>> {
+    let columns = columns(count);
+    area.split_evenly((count.div_ceil(columns), columns))
+}
+
 /// A title, then one panel of bars for each measure.
 pub(super) fn bars<B: DrawingBackend>(
     area: &DrawingArea<B, Shift>,
@@ -80,11 +103,8 @@ where
     let below = text(15, GREY).pos(Pos::new(HPos::Center, VPos::Bottom));
     let place = (width as i32 / 2, height as i32 - 8);
     area.draw(&Text::new(READING, place, below)).map_err(io)?;
-    let area = area.margin(14, 30, 0, 0);
-    let area = area.titled(title, text(28, BLACK)).map_err(io)?;
-    let columns = columns(panels.len());
-    let rows = panels.len().div_ceil(columns);
-    for (part, panel) in area.split_evenly((rows, columns)).iter().zip(panels) {
+    let area = headed(area, title, 30)?;
+    for (part, panel) in parts(&area, panels.len()).iter().zip(panels) {
         bars_of(part, panel)?;
     }
     Ok(())
@@ -167,14 +187,11 @@ where
     B::ErrorType: 'static,
 {
     area.fill(&WHITE).map_err(io)?;
-    let area = area.margin(14, 0, 0, 0);
-    let area = area.titled(title, text(28, BLACK)).map_err(io)?;
+    let area = headed(area, title, 0)?;
     if let [only] = charts {
         return distribution(&area, only);
     }
-    let columns = columns(charts.len());
-    let rows = charts.len().div_ceil(columns);
-    for (part, chart) in area.split_evenly((rows, columns)).iter().zip(charts) {
+    for (part, chart) in parts(&area, charts.len()).iter().zip(charts) {
         growth(part, chart)?;
     }
     Ok(())
@@ -203,26 +220,17 @@ where
         .axis_desc_style(text(20, BLACK))
         .draw()
         .map_err(io)?;
-    for (index, line) in data.lines.iter().enumerate() {
-        let colour = colour(&line.side, index);
-        chart
-            .draw_series(LineSeries::new(
-                line.points.iter().copied(),
-                colour.stroke_width(4),
-            ))
-            .map_err(io)?
-            .label(&line.name)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 30, y)], colour.stroke_width(4)));
-    }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::LowerRight)
-        .legend_area_size(40)
-        .background_style(WHITE.mix(0.9))
-        .border_style(GREY)
-        .label_font(text(20, BLACK))
-        .draw()
-        .map_err(io)
+    let look = Look {
+        stroke: 4,
+        dots: None,
+        sample: 30,
+        place: SeriesLabelPosition::LowerRight,
+        area: 40,
+        ground: 0.9,
+        border: GREY.into(),
+        text: 20,
+    };
+    lines(&mut chart, &data.lines, look)
 }
 
 fn growth<B: DrawingBackend>(area: &DrawingArea<B, Shift>, data: &Chart) -> Result<()>
@@ -249,27 +257,66 @@ where
         .axis_desc_style(text(16, BLACK))
         .draw()
         .map_err(io)?;
-    for (index, line) in data.lines.iter().enumerate() {
+    let look = Look {
+        stroke: 3,
+        dots: Some(5),
+        sample: 20,
+        place: SeriesLabelPosition::UpperRight,
+        area: 26,
+        ground: 0.8,
+        border: TRANSPARENT,
+        text: 15,
+    };
+    lines(&mut chart, &data.lines, look)
+}
+
+/// How lines and their legend look.
+struct Look {
+    stroke: u32,
+    /// Radius of the dots where something was measured.
+    dots: Option<u32>,
+    /// Length of a line in the legend, and the width that it has there.
+    sample: i32,
+    area: i32,
+    place: SeriesLabelPosition,
+    /// How much of the lines the legend hides.
+    ground: f64,
+    border: RGBAColor,
+    /// Size of the names.
+    text: i32,
+}
+
+/// The lines of a chart, and whose they are.
+fn lines<'a, B: DrawingBackend + 'a, X: Ranged<ValueType = f64>>(
+    chart: &mut ChartContext<'a, B, Cartesian2d<X, RangedCoordf64>>,
+    lines: &[Line],
+    look: Look,
+) -> Result<()>
+where
+    B::ErrorType: 'static,
+{
+    for (index, line) in lines.iter().enumerate() {
         let colour = colour(&line.side, index);
+        let style = colour.stroke_width(look.stroke);
         chart
-            .draw_series(LineSeries::new(
-                line.points.iter().copied(),
-                colour.stroke_width(3),
-            ))
+            .draw_series(LineSeries::new(line.points.iter().copied(), style))
             .map_err(io)?
             .label(&line.name)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], colour.stroke_width(3)));
-        let dots = line.points.iter();
-        chart
-            .draw_series(dots.map(|point| Circle::new(*point, 5, colour.filled())))
-            .map_err(io)?;
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + look.sample, y)], style));
+        if let Some(radius) = look.dots {
+            let dots = line.points.iter();
+            chart
+                .draw_series(dots.map(|point| Circle::new(*point, radius, colour.filled())))
+                .map_err(io)?;
+        }
     }
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
-        .legend_area_size(26)
-        .background_style(WHITE.mix(0.8))
-        .label_font(text(15, BLACK))
+        .position(look.place)
+        .legend_area_size(look.area)
+        .background_style(WHITE.mix(look.ground))
+        .border_style(look.border)
+        .label_font(text(look.text, BLACK))
         .draw()
         .map_err(io)
 }

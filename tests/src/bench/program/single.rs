@@ -10,9 +10,9 @@ use flannel_user::mac::MacAddr;
 use super::pinned;
 use crate::{
     bench::{packet, stats::Summary},
+    ends::Ends,
     node::{BRIDGE, UPLINK},
     pod::Pod,
-    task::Task,
     traffic::request_response::{RrReport, ServeReport},
 };
 
@@ -58,22 +58,14 @@ pub(super) fn weigh(program: &str, client: &Pod, server: &Pod) -> Result<Summary
 /// path that learns has to have seen it.
 fn introduce_flow(client: &Pod, server: &Pod) -> Result<()> {
     let (from, to) = packet::PORTS;
-    let serve = Task::start(
-        server.namespace(),
-        &format!("rr-serve --protocol udp --port {to}"),
-    )?;
-    let asked: RrReport = client
-        .tool(&format!(
-            "rr --protocol udp --to {} --from-port {from} --seconds 0.05",
-            server.at(to)
-        ))?
-        .result()?;
-    let served: ServeReport = serve.finish()?;
-    ensure!(
-        served.answered == asked.all_transactions,
-        "{served:?} of {asked:?}"
-    );
-    Ok(())
+    let (asked, served): (RrReport, ServeReport) = Ends::start(
+        client.namespace(),
+        (server.namespace(), server.at(to)),
+        "rr-serve --protocol udp",
+        &format!("rr --protocol udp --from-port {from} --seconds 0.05"),
+    )?
+    .result()?;
+    served.check(asked.all_transactions)
 }
 
 /// `None` where a packet was left to the kernel.

@@ -17,7 +17,7 @@ use std::{
     time::Duration,
 };
 
-use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
+use netlink_packet_core::{NetlinkBuffer, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage},
@@ -27,14 +27,14 @@ use netlink_sys::{
     Socket, SocketAddr,
     protocols::{NETLINK_NETFILTER, NETLINK_ROUTE, NETLINK_XFRM},
 };
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{setsockopt, sockopt::RcvBufForce},
+};
 use tracing::warn;
 
-use crate::datapath::netlink::{is_of_peer, rtnl::NetlinkFd};
+use crate::datapath::netlink::is_of_peer;
 
-/// Receive buffer in bytes. A lost event ends every verdict, and the default holds some two hundred,
-/// where a device with thousands of peers that is set up again makes two for each.
-const RECEIVE_BUFFER: usize = 16 << 20;
 const GROUP_NFTABLES: u32 = 7;
 const GROUP_XFRM_SA: u32 = 3;
 const GROUP_XFRM_POLICY: u32 = 4;
@@ -43,6 +43,9 @@ const GROUP_IPV4_ROUTES: u32 = 7;
 const GROUP_IPV4_RULES: u32 = 8;
 /// Table `local`: addresses, not ways.
 const TABLE_LOCAL: u8 = 255;
+/// Bytes that events may take while they wait: thousands of peers' entries go and come back within
+/// milliseconds. A socket that overflows has lost what happened, so everything would count as changed.
+const QUEUE: usize = 16 << 20;
 /// A bound for hosts on networks with very many neighbours.
 const MOST_NEIGHBOURS: usize = 65_536;
 /// The pause after a wait that failed.
@@ -162,10 +165,10 @@ impl Events {
 }
 
 fn listen(protocol: isize, groups: &[u32]) -> io::Result<Socket> {
-    let socket = NetlinkFd(Socket::new(protocol)?);
-    socket.receive_buffer(RECEIVE_BUFFER)?;
-    let NetlinkFd(mut socket) = socket;
+    let mut socket = Socket::new(protocol)?;
     socket.set_non_blocking(true)?;
+    // Less room without CAP_NET_ADMIN, which the agent has.
+    let _ = setsockopt(&descriptor(&socket), RcvBufForce, &QUEUE);
     socket.bind(&SocketAddr::new(0, 0))?;
     for group in groups {
         socket.add_membership(*group)?;
@@ -186,10 +189,19 @@ fn descriptor(socket: &Socket) -> BorrowedFd<'_> {
 fn is_way(neighbours: &mut BTreeMap<Neighbour, Vec<u8>>, tunnel: u32, mut datagram: &[u8]) -> bool {
     let mut concerns = false;
     while !datagram.is_empty() {
+        let Ok(header) = NetlinkBuffer::new_checked(datagram) else {
+            return true;
+        };
+        let (kind, length) = (header.message_type(), header.length() as usize);
+        let rest = datagram.get((length.max(16) + 3) & !3..);
+        // Thousands at once when the tunnel goes down: not worth reading.
+        if kind == libc::RTM_DELNEIGH {
+            datagram = rest.unwrap_or_default();
+            continue;
+        }
         let Ok(message) = NetlinkMessage::<RouteNetlinkMessage>::deserialize(datagram) else {
             return true;
         };
-        let length = (message.header.length as usize + 3) & !3;
         concerns |= match message.payload {
             NetlinkPayload::InnerMessage(
                 RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route),
@@ -213,10 +225,7 @@ fn is_way(neighbours: &mut BTreeMap<Neighbour, Vec<u8>>, tunnel: u32, mut datagr
             }
             _ => false,
         };
-        let Some(rest) = datagram.get(length.max(16)..) else {
-            break;
-        };
-        datagram = rest;
+        datagram = rest.unwrap_or_default();
     }
     concerns
 }

@@ -30,7 +30,7 @@ use tracing::{debug, info, warn};
 
 use self::events::Events;
 use super::{
-    EbpfError,
+    EbpfError, counters,
     epoch::{Generation, pinned},
     own::Command,
 };
@@ -318,8 +318,7 @@ impl Watch {
     fn confirmations(&self) -> Result<u64, aya::maps::MapError> {
         let mut sum = 0;
         for reason in [Reason::LearnOutConfirmed, Reason::LearnInConfirmed] {
-            let per_cpu = self.counters.get(&reason.index(), 0)?;
-            sum += per_cpu.iter().map(|tally| tally.packets).sum::<u64>();
+            sum += counters::total(&self.counters, reason)?.packets;
         }
         Ok(sum)
     }

@@ -15,7 +15,7 @@ use super::{
     table::OwnTable,
 };
 use crate::datapath::{
-    conntrack_table::{ConntrackTable, Entry, TableError, status},
+    conntrack_table::{ConntrackTable, Entry, TableError, TcpState, Tuple, status},
     ebpf::epoch::Clock,
 };
 
@@ -38,6 +38,14 @@ pub(super) struct Looked {
     pub(super) refused: usize,
 }
 
+/// How many classes there are.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct ClassCensus {
+    pub(super) known: u64,
+    /// Used of late.
+    pub(super) in_use: u64,
+}
+
 impl Exchange {
     pub(super) fn new(table: OwnTable) -> Self {
         Self {
@@ -56,17 +64,36 @@ impl Exchange {
         self.table.count(Reason::OwnProbe)
     }
 
-    /// Forgets classes that nobody has used for so long; how many are left.
-    pub(super) fn forget_classes(&mut self, clock: &Clock, unused: Duration) -> u64 {
-        let (now, ticks) = (clock.now(), clock.ticks(unused));
-        let (mut old, mut used) = (Vec::new(), 0);
+    /// How many connections programs have called the agent for so far: only the kernel can carry
+    /// them, or another one waits for their tuple.
+    pub(super) fn called(&self) -> u64 {
+        [Reason::OwnRecalled, Reason::OwnQuoted, Reason::OwnClashed]
+            .into_iter()
+            .map(|reason| self.table.count(reason))
+            .sum()
+    }
+
+    /// Counts classes and those of which a SYN has passed the stack within `recent`; forgets those
+    /// of which none has for `unused`.
+    pub(super) fn count_classes(
+        &mut self,
+        clock: &Clock,
+        recent: Duration,
+        unused: Duration,
+    ) -> ClassCensus {
+        let (recent, unused) = (clock.ticks(recent), clock.ticks(unused));
+        let now = clock.now();
+        let mut old = Vec::new();
+        let mut census = ClassCensus::default();
         let read = self.table.scan_classes(|key, class| {
-            let age = now.wrapping_sub(class.syn_seen);
-            if age.cast_signed() > 0 && age > ticks {
+            // A program may have read the clock just after us.
+            let age = now.wrapping_sub(class.syn_seen).cast_signed().max(0);
+            if age.cast_unsigned() > unused {
                 old.push(*key);
-            } else {
-                used += 1;
+                return;
             }
+            census.known += 1;
+            census.in_use += u64::from(age.cast_unsigned() <= recent);
         });
         if let Err(error) = read {
             debug!(%error, "cannot read classes");
@@ -74,7 +101,7 @@ impl Exchange {
         for key in &old {
             self.table.delete_class(key);
         }
-        used
+        census
     }
 
     pub(super) fn reach_conntrack(&mut self) -> Result<&mut ConntrackTable, TableError> {
@@ -165,7 +192,18 @@ impl Exchange {
             .map(|(_, entry)| entry.reply)
             .collect();
         conntrack.delete(&clashed);
-        let results = conntrack.insert(&entries);
+        let is_known = known(conntrack, &entries);
+        let strange: Vec<Entry> = entries
+            .iter()
+            .zip(&is_known)
+            .filter(|(_, known)| !**known)
+            .map(|(entry, _)| entry.clone())
+            .collect();
+        let mut inserted = conntrack.insert(&strange).into_iter();
+        let results = is_known.iter().map(|known| {
+            let result = if *known { None } else { inserted.next() };
+            result.unwrap_or(Ok(()))
+        });
 
         let (mut handed_over, mut refused) = (0, 0);
         let mut corrections = Vec::new();
@@ -199,4 +237,21 @@ impl Exchange {
         }
         (handed_over, refused)
     }
+}
+
+/// Of which unanswered SYNs conntrack knows better: it holds a connection of that tuple that lives,
+/// into which the SYN does not belong.
+fn known(conntrack: &mut ConntrackTable, entries: &[Entry]) -> Vec<bool> {
+    let unanswered: Vec<usize> = (0..entries.len())
+        .filter(|index| entries[*index].state == TcpState::SynSent)
+        .collect();
+    let tuples: Vec<Tuple> = unanswered
+        .iter()
+        .map(|index| entries[*index].original)
+        .collect();
+    let mut known = vec![false; entries.len()];
+    for (index, answer) in unanswered.into_iter().zip(conntrack.get_many(&tuples)) {
+        known[index] = matches!(answer, Ok(Some(entry)) if entry.state.is_alive());
+    }
+    known
 }

@@ -1,6 +1,6 @@
 //! When an own connection goes to conntrack, and as what. Pure.
 
-use std::{net::SocketAddrV4, time::Duration};
+use std::time::Duration;
 
 use flannel_ebpf::{
     layout::{END_DOUBTFUL_RST, FlowKey, OwnFlow},
@@ -8,7 +8,7 @@ use flannel_ebpf::{
     sighting::Way,
 };
 
-use super::super::epoch::Clock;
+use super::super::{ends::end, epoch::Clock};
 use crate::datapath::conntrack_table::{Entry, TcpState, Tuple, status};
 
 /// How old a connection gets before conntrack has it.
@@ -106,7 +106,10 @@ pub(super) fn due(flow: &OwnFlow, extent: Extent<'_>) -> Due {
         }
     };
     if own::is_over(flow) {
-        return if age(flow.closed) >= LINGER {
+        return if own::is_older(flow) {
+            // Conntrack may hold the older connection, and has not seen its end.
+            Due::HandOver
+        } else if age(flow.closed) >= LINGER {
             Due::Delete
         } else {
             Due::Stay
@@ -121,17 +124,13 @@ pub(super) fn due(flow: &OwnFlow, extent: Extent<'_>) -> Due {
 
 /// The connection as conntrack names it: as the client sends.
 pub(super) fn tuple(key: &FlowKey, flow: &OwnFlow) -> Tuple {
-    let end = |address: [u8; 4], port: [u8; 2]| {
-        SocketAddrV4::new(address.into(), u16::from_be_bytes(port))
-    };
     let sent = Tuple {
         source: end(key.src, key.sport),
         destination: end(key.dst, key.dport),
     };
-    if flow.opener == Way::Out as u8 {
-        sent
-    } else {
-        sent.reversed()
+    match own::opener(flow.opener) {
+        Way::Out => sent,
+        Way::In => sent.reversed(),
     }
 }
 
@@ -259,6 +258,16 @@ mod tests {
         assert_eq!(due(&old, Extent::Due(&clock)), Due::Delete);
         let taken = OwnFlow { taken: 1, ..fresh };
         assert_eq!(due(&taken, Extent::Due(&clock)), Due::Delete);
+    }
+
+    #[test]
+    fn the_end_of_an_older_connection_is_for_conntrack() {
+        let clock = Clock::new(10_000);
+        // A SYN that does not belong, and then the connection that it met ends.
+        let ended = after(&[(Way::Out, FIN_ACK), (Way::In, FIN_ACK)], 10_000);
+        assert_eq!(due(&ended, Extent::Due(&clock)), Due::HandOver);
+        let entry = entry(&key(), &ended, &Timeouts::default());
+        assert_eq!(entry.state, TcpState::TimeWait);
     }
 
     #[test]

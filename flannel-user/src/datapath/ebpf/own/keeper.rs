@@ -27,6 +27,8 @@ const PERIOD: Duration = Duration::from_millis(100);
 const SLOW_PERIOD: Duration = Duration::from_millis(250);
 /// How many are few.
 const FEW: usize = 64;
+/// How many are so many that a look each [`PERIOD`] would cost a good part of what they save.
+const MANY: usize = 4096;
 /// How often the heartbeat is renewed.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// How far it reaches.
@@ -36,19 +38,28 @@ const SHORTEST_VALIDITY: Duration = Duration::from_secs(1);
 /// The same, however many there are.
 const LONGEST_VALIDITY: Duration = Duration::from_secs(60);
 /// SYNs per second that may be spent on asking.
-const ASKING_BUDGET: f64 = 100.0;
+const ASKING_BUDGET: f64 = 85.0;
 /// How long the answer to one may take.
 const PATIENCE: Duration = Duration::from_millis(250);
-/// How often unused classes are looked for.
+/// How often classes are counted, and unused ones looked for.
 const SWEEP: Duration = Duration::from_secs(5);
 /// How long a class is unused before it is forgotten.
 const UNUSED: Duration = Duration::from_secs(300);
 
-/// The validity at which `rate` SYNs that ask per second become the budget; down by halves.
-fn adapted(now: Duration, rate: f64) -> Duration {
-    now.mul_f64(rate / ASKING_BUDGET)
-        .max(now / 2)
-        .clamp(SHORTEST_VALIDITY, LONGEST_VALIDITY)
+/// The validity at which so many classes, each of which asks once in it, keep to the budget.
+fn validity_for(classes: f64) -> Duration {
+    Duration::from_secs_f64(classes / ASKING_BUDGET).clamp(SHORTEST_VALIDITY, LONGEST_VALIDITY)
+}
+
+/// After `asked` SYNs have asked within a second: no two of them were of one class, so there are at
+/// least as many classes. There may be more, which have asked before: that is for the next count.
+fn lengthened(now: Duration, asked: f64) -> Duration {
+    now.max(validity_for(asked))
+}
+
+/// After a count of the classes in use; down by halves.
+fn counted(now: Duration, in_use: u64) -> Duration {
+    validity_for(in_use as f64).max(now / 2)
 }
 
 /// Everything that the thread works with.
@@ -67,9 +78,13 @@ pub(super) struct Keeper {
     swept: Instant,
     /// When the heartbeat was renewed; `None`: it is due.
     beaten: Option<Instant>,
+    /// When something was last done because it was time.
+    ticked: Instant,
     looked: Instant,
     /// The counter at the last look.
     opened: Option<u64>,
+    /// Connections that programs had called for until then.
+    called: u64,
     /// Entries after the last look.
     held: usize,
     complained: Option<String>,
@@ -94,8 +109,10 @@ impl Keeper {
             asked: None,
             swept: Instant::now(),
             beaten: None,
+            ticked: Instant::now(),
             looked: Instant::now(),
             opened: None,
+            called: 0,
             held: usize::MAX,
             complained: None,
         }
@@ -105,11 +122,14 @@ impl Keeper {
         // What an agent before us left opens no more before we say so.
         self.generation.open_own(None);
         self.generation.set_class_validity(self.validity, PATIENCE);
+        // It may have been killed between telling conntrack of a connection and letting go of it:
+        // one that has ended meanwhile would be alive in conntrack for days.
+        self.look(Wanted::All);
         loop {
             // Rules that make no event are looked for as often.
             let is_urgent = self.held > FEW || self.opening == Opening::Classes;
             let period = if is_urgent { PERIOD } else { SLOW_PERIOD };
-            let wait = period.saturating_sub(self.looked.elapsed());
+            let wait = period.saturating_sub(self.ticked.elapsed());
             let told = match self.received.recv_timeout(wait) {
                 Ok(told) => told,
                 Err(RecvTimeoutError::Timeout) => {
@@ -133,14 +153,28 @@ impl Keeper {
 
     /// Nothing has happened.
     fn tick(&mut self) {
+        self.ticked = Instant::now();
         let is_due = self.is_beat_due();
-        if is_due || self.opening == Opening::Classes {
+        // Whatever makes an event comes as a command.
+        if is_due || self.opening == Opening::Classes && self.rules.have_news() {
             self.beat();
         }
         if is_due && self.opening == Opening::Classes {
             self.adapt();
         }
-        self.look_if_any(Wanted::Due);
+        if self.is_look_due() {
+            self.look_if_any(Wanted::Due);
+        }
+    }
+
+    /// Looking costs by the table's size. In a large one most entries wait for late packets; those
+    /// that cannot wait are counted.
+    fn is_look_due(&mut self) -> bool {
+        if self.held <= MANY || self.looked.elapsed() >= SLOW_PERIOD {
+            return true;
+        }
+        let called = self.exchange.called();
+        std::mem::replace(&mut self.called, called) != called
     }
 
     /// Nothing stays: whoever comes after us may not know how to carry it.
@@ -243,23 +277,27 @@ impl Keeper {
 
     /// Each class asks the stack once in its validity: that follows from how many ask.
     fn adapt(&mut self) {
+        let mut validity = self.validity;
         let asked = self.exchange.asked();
         if let Some(before) = self.asked.replace(asked) {
             let rate = asked.saturating_sub(before) as f64 / HEARTBEAT.as_secs_f64();
-            let validity = adapted(self.validity, rate);
-            if validity != self.validity {
-                self.validity = validity;
-                self.generation.set_class_validity(validity, PATIENCE);
-            }
+            validity = lengthened(validity, rate);
         }
         if self.swept.elapsed() >= SWEEP {
             self.swept = Instant::now();
             let clock = self.generation.clock();
-            let classes = self.exchange.forget_classes(&clock, UNUSED);
-            self.with_state(|state| state.classes = classes);
+            // Who is used has asked within its validity, or is about to.
+            let census = self
+                .exchange
+                .count_classes(&clock, validity + HEARTBEAT, UNUSED);
+            self.with_state(|state| state.classes = census.known);
+            validity = counted(validity, census.in_use);
         }
-        let validity = self.validity.as_secs_f64();
-        self.with_state(|state| state.class_validity_seconds = validity);
+        if validity != self.validity {
+            self.validity = validity;
+            self.generation.set_class_validity(validity, PATIENCE);
+        }
+        self.with_state(|state| state.class_validity_seconds = validity.as_secs_f64());
     }
 
     /// Looks unless there is nothing to see.
@@ -276,6 +314,7 @@ impl Keeper {
     /// Goes through the table once.
     fn look(&mut self, wanted: Wanted) {
         self.looked = Instant::now();
+        self.called = self.exchange.called();
         let clock = self.generation.clock();
         let looked = self.exchange.look(match wanted {
             Wanted::Due => Extent::Due(&clock),
@@ -306,11 +345,21 @@ mod tests {
 
     #[test]
     fn the_validity_of_classes_follows_their_number() {
-        assert_eq!(adapted(SHORTEST_VALIDITY, 0.0), SHORTEST_VALIDITY);
-        // Fifty classes ask once a second.
-        assert_eq!(adapted(SHORTEST_VALIDITY, 50.0), SHORTEST_VALIDITY);
-        assert_eq!(adapted(SHORTEST_VALIDITY, 2_000.0), Duration::from_secs(20));
-        assert_eq!(adapted(LONGEST_VALIDITY, 10_000.0), LONGEST_VALIDITY);
-        assert_eq!(adapted(LONGEST_VALIDITY, 0.0), Duration::from_secs(30));
+        assert_eq!(validity_for(0.0), SHORTEST_VALIDITY);
+        assert_eq!(validity_for(100.0), SHORTEST_VALIDITY);
+        assert_eq!(validity_for(5_000.0), Duration::from_secs(50));
+        assert_eq!(validity_for(16_384.0), LONGEST_VALIDITY);
+    }
+
+    #[test]
+    fn a_second_without_questions_shortens_nothing() {
+        // All have asked in the first second; nobody has to for the rest of the validity.
+        let long = lengthened(SHORTEST_VALIDITY, 5_000.0);
+        assert_eq!(long, Duration::from_secs(50));
+        assert_eq!(lengthened(long, 0.0), long);
+        assert_eq!(counted(long, 5_000), long);
+        // They are used no more.
+        assert_eq!(counted(long, 40), long / 2);
+        assert_eq!(counted(Duration::from_millis(1_500), 0), SHORTEST_VALIDITY);
     }
 }

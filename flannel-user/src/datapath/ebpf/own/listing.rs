@@ -2,12 +2,15 @@
 
 use std::{net::Ipv4Addr, path::Path};
 
-use aya::maps::{Array, HashMap, Map, MapData};
+use aya::maps::{Array, HashMap, Map, MapData, MapError};
 use flannel_ebpf::{
     layout::{
         CLASSES, Class, ClassKey, Epoch, GENERATIONS, RemoteSubnet, TRANSLATED, generation_slot,
     },
-    own::class::{self, Now, Standing},
+    own::{
+        self,
+        class::{self, Now, Standing},
+    },
     reason::Reason,
     sighting::Way,
 };
@@ -15,6 +18,7 @@ use flannel_ebpf::{
 use super::super::{
     EbpfError, batch,
     epoch::{Clock, pinned},
+    map_failed,
 };
 use crate::observe::classes::{ClassRow, Client};
 
@@ -27,19 +31,12 @@ pub(in super::super) struct ClassTable {
 
 impl ClassTable {
     pub(in super::super) fn open(maps: &Path) -> Result<Self, EbpfError> {
-        let failed = |map: &'static str| {
-            move |source| EbpfError::Map {
-                action: "open",
-                map,
-                source,
-            }
-        };
-        let open = |name: &'static str| MapData::from_pin(maps.join(name)).map_err(failed(name));
+        let open = |name| MapData::from_pin(maps.join(name)).map_err(map_failed("open", name));
         Ok(Self {
             classes: open(CLASSES)?,
             translated: Map::LruHashMap(open(TRANSLATED)?)
                 .try_into()
-                .map_err(failed(TRANSLATED))?,
+                .map_err(map_failed("open", TRANSLATED))?,
             generations: pinned(maps, GENERATIONS)?,
         })
     }
@@ -57,11 +54,8 @@ impl ClassTable {
         let read = batch::for_each(&self.classes, |key: &ClassKey, class: &Class| {
             found.push((*key, *class));
         });
-        read.map_err(|source| EbpfError::Map {
-            action: "read",
-            map: CLASSES,
-            source: aya::maps::MapError::IoError(source),
-        })?;
+        read.map_err(MapError::IoError)
+            .map_err(map_failed("read", CLASSES))?;
         let jiffies = clock.now();
         let generation = |address| {
             let slot = generation_slot(address);
@@ -74,7 +68,7 @@ impl ClassTable {
                 pod: generation(key.pod),
                 peer: generation(node),
             };
-            let is_client = key.opener == Way::Out as u8;
+            let is_client = own::opener(key.opener) == Way::Out;
             let reason = if is_client && self.translated.get(&key, 0).is_ok() {
                 Some(Reason::OwnTranslated)
             } else {

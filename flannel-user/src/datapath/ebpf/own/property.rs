@@ -131,6 +131,9 @@ impl World {
             }
             return;
         };
+        if own::crosses(flow, way) {
+            return;
+        }
         if !may {
             return own::leave_to_kernel(flow);
         }

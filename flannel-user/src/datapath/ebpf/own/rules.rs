@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use ipnet::Ipv4Net;
 
-use crate::datapath::ruleset::{Look, Watcher};
+use crate::{
+    datapath::ruleset::{Look, Watcher},
+    error_chain::in_one_line,
+};
 
 /// The longest that classes may go on while changed rules have not been read.
 const UNREAD: Duration = Duration::from_millis(100);
@@ -15,6 +18,8 @@ pub(super) struct Rules {
     watcher: Option<Watcher>,
     /// They have changed too often lately to be read at once.
     is_behind: bool,
+    /// The last look did not end with having read them.
+    is_unread: bool,
 }
 
 /// What they say.
@@ -33,7 +38,14 @@ impl Rules {
             network,
             watcher: None,
             is_behind: false,
+            is_unread: true,
         }
+    }
+
+    /// Should they be judged now, though nothing has told of a change and it was done of late?
+    /// Costs one read: `iptables-legacy` tells nobody, but takes a lock.
+    pub(super) fn have_news(&mut self) -> bool {
+        self.is_unread || self.watcher.as_mut().is_none_or(Watcher::has_news)
     }
 
     /// Reads them if they have changed; blocks for that long.
@@ -46,6 +58,7 @@ impl Rules {
             },
         };
         let look = watcher.look();
+        self.is_unread = !matches!(look, Ok(Look::Read | Look::Unchanged));
         self.is_behind = match look {
             Ok(Look::Wait(wait)) => self.is_behind || wait > UNREAD,
             _ => false,
@@ -68,8 +81,5 @@ impl Rules {
 }
 
 fn unread(error: &dyn std::error::Error) -> Judgement {
-    let cause = error
-        .source()
-        .map_or_else(String::new, |cause| format!(": {cause}"));
-    Judgement::Unfit(format!("the rules cannot be read: {error}{cause}"))
+    Judgement::Unfit(format!("the rules cannot be read: {}", in_one_line(error)))
 }

@@ -12,7 +12,7 @@ use flannel_ebpf::{
     reason::Reason,
 };
 
-use super::super::{EbpfError, batch, epoch::pinned};
+use super::super::{EbpfError, batch, counters, epoch::pinned, map_failed, syscall::bpf};
 
 /// `BPF_MAP_LOOKUP_AND_DELETE_ELEM`; for hashes since Linux 5.14, as TCP that bypasses is.
 const LOOKUP_AND_DELETE: libc::c_long = 21;
@@ -39,24 +39,19 @@ struct Attributes {
 
 impl OwnTable {
     pub(super) fn open(maps: &Path) -> Result<Self, EbpfError> {
-        let failed = |map: &'static str| {
-            move |source: MapError| EbpfError::Map {
-                action: "open",
-                map,
-                source,
-            }
-        };
-        let open = |name: &'static str| MapData::from_pin(maps.join(name)).map_err(failed(name));
+        let open = |name| MapData::from_pin(maps.join(name)).map_err(map_failed("open", name));
         Ok(Self {
             flows: open(OWN)?,
-            entries: Map::HashMap(open(OWN)?).try_into().map_err(failed(OWN))?,
+            entries: Map::HashMap(open(OWN)?)
+                .try_into()
+                .map_err(map_failed("open", OWN))?,
             translated: Map::LruHashMap(open(TRANSLATED)?)
                 .try_into()
-                .map_err(failed(TRANSLATED))?,
+                .map_err(map_failed("open", TRANSLATED))?,
             class_data: open(CLASSES)?,
             classes: Map::HashMap(open(CLASSES)?)
                 .try_into()
-                .map_err(failed(CLASSES))?,
+                .map_err(map_failed("open", CLASSES))?,
             counters: pinned(maps, COUNTERS)?,
         })
     }
@@ -78,14 +73,13 @@ impl OwnTable {
 
     /// How often that has happened so far.
     pub(super) fn count(&self, reason: Reason) -> u64 {
-        let per_cpu = self.counters.get(&reason.index(), 0);
-        per_cpu.map_or(0, |per_cpu| per_cpu.iter().map(|tally| tally.packets).sum())
+        counters::total(&self.counters, reason).map_or(0, |tally| tally.packets)
     }
 
     /// Takes an entry out in one step: what it held in the end.
     pub(super) fn take(&self, key: &FlowKey) -> io::Result<Option<OwnFlow>> {
         let mut value = OwnFlow::default();
-        let attributes = Attributes {
+        let mut attributes = Attributes {
             map: self.flows.fd().as_fd().as_raw_fd().cast_unsigned(),
             _pad: 0,
             key: (&raw const *key) as u64,
@@ -94,20 +88,10 @@ impl OwnTable {
         };
         // SAFETY: key and value are of the sizes that the map was pinned with, and live until the
         // kernel returns.
-        let answer = unsafe {
-            libc::syscall(
-                libc::SYS_bpf,
-                LOOKUP_AND_DELETE,
-                &raw const attributes,
-                size_of::<Attributes>(),
-            )
-        };
-        if answer == 0 {
-            return Ok(Some(value));
-        }
-        match io::Error::last_os_error() {
-            error if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
-            error => Err(error),
+        match unsafe { bpf(LOOKUP_AND_DELETE, &mut attributes) } {
+            Ok(()) => Ok(Some(value)),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Err(error) => Err(error),
         }
     }
 
