@@ -30,11 +30,8 @@ use netlink_sys::{
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing::warn;
 
-use crate::datapath::netlink::{is_of_peer, rtnl::NetlinkFd};
+use crate::datapath::netlink::is_of_peer;
 
-/// Receive buffer in bytes. A lost event ends every verdict, and the default holds some two hundred,
-/// where a device with thousands of peers that is set up again makes two for each.
-const RECEIVE_BUFFER: usize = 16 << 20;
 const GROUP_NFTABLES: u32 = 7;
 const GROUP_XFRM_SA: u32 = 3;
 const GROUP_XFRM_POLICY: u32 = 4;
@@ -162,9 +159,7 @@ impl Events {
 }
 
 fn listen(protocol: isize, groups: &[u32]) -> io::Result<Socket> {
-    let socket = NetlinkFd(Socket::new(protocol)?);
-    socket.receive_buffer(RECEIVE_BUFFER)?;
-    let NetlinkFd(mut socket) = socket;
+    let mut socket = Socket::new(protocol)?;
     socket.set_non_blocking(true)?;
     socket.bind(&SocketAddr::new(0, 0))?;
     for group in groups {
