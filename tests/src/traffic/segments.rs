@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     raw_udp::{raw_socket, transport_checksum},
-    ready,
+    ready, socket,
 };
 
 /// Segments in one system call.
@@ -89,12 +89,18 @@ pub struct SegmentsReport {
 /// Without root, or when the socket fails.
 pub fn send(args: &SegmentsArgs) -> Result<SegmentsReport> {
     let socket = raw_socket().context("cannot open a raw socket")?;
-    ready()?;
+    // A flood does not wait for those who cannot follow.
+    socket::make_roomy(&socket)?;
     let count = if args.each.is_empty() {
         args.count
     } else {
         args.each.len() as u64
     };
+    // Made beforehand: a flood has no time for it.
+    let segments: Vec<[u8; LENGTH]> = (0..count.min(FLOOD_PORTS.len() as u64))
+        .map(|number| segment(args, place(args, number)))
+        .collect();
+    ready()?;
     let start = Instant::now();
     let mut report = SegmentsReport {
         sent: 0,
@@ -107,11 +113,10 @@ pub fn send(args: &SegmentsArgs) -> Result<SegmentsReport> {
         // Whoever comes late has more to send at once.
         let owed = (start.elapsed().as_secs_f64() * args.rate) as u64;
         let size = (owed.max(index + 1).min(count) - index).min(BATCH as u64);
-        let batch: Vec<[u8; LENGTH]> = (index..index + size)
-            .map(|number| segment(args, place(args, number)))
-            .collect();
-        report.sent += send_all(&socket, *args.to.ip(), &batch)?;
-        index += size;
+        let first = index as usize % segments.len();
+        let batch = &segments[first..(first + size as usize).min(segments.len())];
+        report.sent += send_all(&socket, *args.to.ip(), batch)?;
+        index += batch.len() as u64;
     }
     report.seconds = start.elapsed().as_secs_f64();
     Ok(report)

@@ -78,6 +78,25 @@ impl<V: Pod> Keyed<Ipv4Net, V> for LpmTrie<MapData, [u8; 4], V> {
     }
 }
 
+impl<M, V> Mirror<M, Ipv4Net, V> {
+    /// Is there a new subnet inside one that is there? Only those of `keys` are looked at, if given.
+    fn splits(&self, wanted: &BTreeMap<Ipv4Net, V>, keys: Option<&BTreeSet<Ipv4Net>>) -> bool {
+        let splits_one = |subnet: &Ipv4Net| {
+            let mut wider = std::iter::successors(subnet.supernet(), Ipv4Net::supernet);
+            !self.held.contains_key(subnet) && wider.any(|wider| self.held.contains_key(&wider))
+        };
+        if self.held.is_empty() {
+            return false;
+        }
+        match keys {
+            None => wanted.keys().any(splits_one),
+            Some(keys) => keys
+                .iter()
+                .any(|key| wanted.contains_key(key) && splits_one(key)),
+        }
+    }
+}
+
 fn trie_key(subnet: &Ipv4Net) -> Key<[u8; 4]> {
     Key::new(u32::from(subnet.prefix_len()), subnet.network().octets())
 }
@@ -228,6 +247,7 @@ impl MapTables {
         let (subnets, nodes) = (remotes.subnets(), remotes.nodes());
         let changed_pods = self.pods.changed(pods, None);
         let changed_peers = self.remotes.changed(subnets, touched.subnets());
+        let has_split = self.remotes.splits(subnets, touched.subnets());
         self.peers.add(nodes, touched.nodes())?;
         self.remotes.add(subnets, touched.subnets())?;
         self.pods.add(pods, None)?;
@@ -247,6 +267,10 @@ impl MapTables {
         }
         for (_, remote) in changed_peers {
             generation.raise_for(remote.node);
+        }
+        // What went to the peer of the wider subnet may go to another one now.
+        if has_split {
+            generation.raise();
         }
         Ok(())
     }
@@ -369,4 +393,43 @@ fn spread_idents(mut idents: PerCpuArray<MapData, u32>) -> Result<(), EbpfError>
         .map_err(MapError::IoError)
         .map_err(map_failed("write", IDENT))?;
     idents.set(0, values, 0).map_err(map_failed("write", IDENT))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn subnets(names: &[&str]) -> BTreeMap<Ipv4Net, ()> {
+        let names = names.iter();
+        names
+            .map(|name| (name.parse().expect("a subnet"), ()))
+            .collect()
+    }
+
+    #[test]
+    fn a_subnet_splits_the_wider_one_that_is_there() {
+        let mirror = |held: &[&str]| Mirror {
+            name: "a map",
+            map: (),
+            held: subnets(held),
+        };
+        let splits = |held: &[&str], wanted: &[&str], keys: Option<&[&str]>| {
+            let keys = keys.map(|keys| subnets(keys).into_keys().collect());
+            mirror(held).splits(&subnets(wanted), keys.as_ref())
+        };
+        let wide = "10.244.0.0/22";
+        assert!(splits(&[wide], &[wide, "10.244.1.0/24"], None));
+        assert!(splits(
+            &[wide],
+            &[wide, "10.244.1.0/24"],
+            Some(&["10.244.1.0/24"])
+        ));
+        // Beside it, there already, gone, around it, or the first of all.
+        assert!(!splits(&[wide], &[wide, "10.244.4.0/24"], None));
+        let both = [wide, "10.244.1.0/24"];
+        assert!(!splits(&both, &both, None));
+        assert!(!splits(&both, &[wide], Some(&["10.244.1.0/24"])));
+        assert!(!splits(&["10.244.1.0/24"], &both, None));
+        assert!(!splits(&[], &both, None));
+    }
 }

@@ -19,7 +19,7 @@ pub(in crate::datapath) use device::local_address;
 pub use device::{Device, DeviceError, DeviceSpec};
 pub use entries::{Conflict, Entries, Form};
 pub use kernel::Entry;
-pub use next_hop_object::is_through_object;
+pub use next_hop_object::is_of_peer;
 use plan::Plan;
 pub use rtnl::{Rtnl, RtnlError};
 use tracing::{debug, warn};

@@ -10,7 +10,7 @@ use std::net::Ipv4Addr;
 use netlink_packet_core::{
     DecodeError, NetlinkDeserializable, NetlinkHeader, NetlinkSerializable, NlasIterator,
 };
-use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
+use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage};
 
 /// Says in `ip nexthop` who made an object. Nobody has registered it, and iproute2 has no name
 /// for it.
@@ -56,17 +56,42 @@ pub(super) fn id_of(gateway: Ipv4Addr) -> u32 {
 ///
 /// Unlike gateway and device, which the kernel leaves out under `net.ipv4.nexthop_compat_mode=0`,
 /// this is always to be seen.
+pub(super) fn is_through_object(route: &RouteMessage) -> bool {
+    let id = route
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            RouteAttribute::NhId(id) => Some(*id),
+            _ => None,
+        });
+    id.is_some() && id == base_of(route).map(id_of)
+}
+
+/// Is this the route to a peer, in either form: through the base of its own subnet?
 #[must_use]
-pub fn is_through_object(route: &RouteMessage) -> bool {
-    let (mut base, mut id) = (None, None);
-    for attribute in &route.attributes {
-        match attribute {
-            RouteAttribute::Destination(RouteAddress::Inet(address)) => base = Some(*address),
-            RouteAttribute::NhId(number) => id = Some(*number),
-            _ => {}
-        }
-    }
-    id.is_some() && id == base.map(id_of)
+pub fn is_of_peer(route: &RouteMessage) -> bool {
+    let base = base_of(route);
+    let is_gateway = |attribute: &RouteAttribute| match attribute {
+        RouteAttribute::Gateway(RouteAddress::Inet(gateway)) => Some(*gateway) == base,
+        _ => false,
+    };
+    let is_plain = route.header.flags.contains(RouteFlags::Onlink)
+        && !route
+            .attributes
+            .iter()
+            .any(|attribute| matches!(attribute, RouteAttribute::NhId(_)))
+        && route.attributes.iter().any(is_gateway);
+    is_plain || is_through_object(route)
+}
+
+fn base_of(route: &RouteMessage) -> Option<Ipv4Addr> {
+    route
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            RouteAttribute::Destination(RouteAddress::Inet(address)) => Some(*address),
+            _ => None,
+        })
 }
 
 impl NetlinkSerializable for NextHopMessage {
@@ -228,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn a_route_of_ours_is_known_by_its_id_alone() {
+    fn a_route_of_ours_is_known_by_its_id_or_its_gateway() {
         let mut route = RouteMessage::default();
         let base = RouteAddress::Inet(OURS.gateway);
         route.attributes = vec![RouteAttribute::Destination(base)];
@@ -237,7 +262,16 @@ mod tests {
             .attributes
             .push(RouteAttribute::NhId(id_of(OURS.gateway)));
         assert!(is_through_object(&route));
+        assert!(is_of_peer(&route));
         route.attributes[1] = RouteAttribute::NhId(1);
-        assert!(!is_through_object(&route));
+        assert!(!is_through_object(&route) && !is_of_peer(&route));
+
+        // Plain, and then through another gateway.
+        route.header.flags = RouteFlags::Onlink;
+        for (gateway, expected) in [(OURS.gateway, true), (Ipv4Addr::new(10, 244, 2, 0), false)] {
+            route.attributes[1] = RouteAttribute::Gateway(RouteAddress::Inet(gateway));
+            assert_eq!(is_of_peer(&route), expected);
+            assert!(!is_through_object(&route));
+        }
     }
 }

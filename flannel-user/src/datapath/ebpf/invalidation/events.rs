@@ -27,14 +27,14 @@ use netlink_sys::{
     Socket, SocketAddr,
     protocols::{NETLINK_NETFILTER, NETLINK_ROUTE, NETLINK_XFRM},
 };
-use nix::{
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::socket::{setsockopt, sockopt::RcvBufForce},
-};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing::warn;
 
-use crate::datapath::netlink::is_through_object;
+use crate::datapath::netlink::{is_of_peer, rtnl::NetlinkFd};
 
+/// Receive buffer in bytes. A lost event ends every verdict, and the default holds some two hundred,
+/// where a device with thousands of peers that is set up again makes two for each.
+const RECEIVE_BUFFER: usize = 16 << 20;
 const GROUP_NFTABLES: u32 = 7;
 const GROUP_XFRM_SA: u32 = 3;
 const GROUP_XFRM_POLICY: u32 = 4;
@@ -43,9 +43,6 @@ const GROUP_IPV4_ROUTES: u32 = 7;
 const GROUP_IPV4_RULES: u32 = 8;
 /// Table `local`: addresses, not ways.
 const TABLE_LOCAL: u8 = 255;
-/// Bytes that events may take while they wait: thousands of peers' entries go and come back within
-/// milliseconds. A socket that overflows has lost what happened, so everything would count as changed.
-const QUEUE: usize = 16 << 20;
 /// A bound for hosts on networks with very many neighbours.
 const MOST_NEIGHBOURS: usize = 65_536;
 /// The pause after a wait that failed.
@@ -165,10 +162,10 @@ impl Events {
 }
 
 fn listen(protocol: isize, groups: &[u32]) -> io::Result<Socket> {
-    let mut socket = Socket::new(protocol)?;
+    let socket = NetlinkFd(Socket::new(protocol)?);
+    socket.receive_buffer(RECEIVE_BUFFER)?;
+    let NetlinkFd(mut socket) = socket;
     socket.set_non_blocking(true)?;
-    // Less room without CAP_NET_ADMIN, which the agent has.
-    let _ = setsockopt(&descriptor(&socket), RcvBufForce, &QUEUE);
     socket.bind(&SocketAddr::new(0, 0))?;
     for group in groups {
         socket.add_membership(*group)?;
@@ -183,10 +180,9 @@ fn descriptor(socket: &Socket) -> BorrowedFd<'_> {
 
 /// Can one of these messages change a packet's way?
 ///
-/// A route to `tunnel` that goes is none: either its peer went, which ends that peer's verdicts, or
-/// the agent puts it back, and whoever asked the stack meanwhile would be lost. One that comes through
-/// our own next hop object is put back by the agent: with thousands of them, those that asked because
-/// of the first would be lost until the last is there.
+/// A route to a peer that comes or goes is none, nor is any to `tunnel` that goes: what a peer means
+/// for verdicts follows from the tables of peers, and of routes that the agent puts back, whoever
+/// asked the stack because of the first would be lost for want of its own.
 fn is_way(neighbours: &mut BTreeMap<Neighbour, Vec<u8>>, tunnel: u32, mut datagram: &[u8]) -> bool {
     let mut concerns = false;
     while !datagram.is_empty() {
@@ -204,14 +200,14 @@ fn is_way(neighbours: &mut BTreeMap<Neighbour, Vec<u8>>, tunnel: u32, mut datagr
             return true;
         };
         concerns |= match message.payload {
+            NetlinkPayload::InnerMessage(
+                RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route),
+            ) if is_of_peer(&route) => false,
             NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelRoute(route))
                 if route.attributes.contains(&RouteAttribute::Oif(tunnel)) =>
             {
                 false
             }
-            NetlinkPayload::InnerMessage(
-                RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route),
-            ) if is_through_object(&route) => false,
             NetlinkPayload::InnerMessage(
                 RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route),
             ) => {
@@ -257,6 +253,8 @@ fn has_moved(neighbours: &mut BTreeMap<Neighbour, Vec<u8>>, message: &NeighbourM
 
 #[cfg(test)]
 mod tests {
+    use netlink_packet_route::route::{RouteAddress, RouteFlags, RouteMessage};
+
     use super::*;
 
     fn neighbour(interface: u32, address: [u8; 4], link: &[u8]) -> NeighbourMessage {
@@ -280,5 +278,39 @@ mod tests {
         assert!(!moved(2, 1, &[2, 1]), "of another interface");
         assert!(!moved(1, 1, &[]), "being asked for");
         assert!(moved(1, 1, &[2, 1]));
+    }
+
+    #[test]
+    fn a_route_is_a_way_unless_it_is_a_peers() {
+        const TUNNEL: u32 = 7;
+        let base = RouteAddress::Inet([10, 244, 1, 0].into());
+        let route = |gateway: [u8; 4], out| {
+            let mut route = RouteMessage::default();
+            route.header.address_family = AddressFamily::Inet;
+            route.header.table = 254;
+            route.header.flags = RouteFlags::Onlink;
+            route.attributes = vec![
+                RouteAttribute::Destination(base.clone()),
+                RouteAttribute::Gateway(RouteAddress::Inet(gateway.into())),
+                RouteAttribute::Oif(out),
+            ];
+            route
+        };
+        let is_way = |message| {
+            let mut message = NetlinkMessage::from(message);
+            message.finalize();
+            let mut bytes = vec![0; message.buffer_len()];
+            message.serialize(&mut bytes);
+            is_way(&mut BTreeMap::new(), TUNNEL, &bytes)
+        };
+        let (peer, other) = ([10, 244, 1, 0], [10, 244, 2, 0]);
+        // A device made anew has another index.
+        for out in [TUNNEL, TUNNEL + 1] {
+            assert!(!is_way(RouteNetlinkMessage::NewRoute(route(peer, out))));
+            assert!(!is_way(RouteNetlinkMessage::DelRoute(route(peer, out))));
+            assert!(is_way(RouteNetlinkMessage::NewRoute(route(other, out))));
+        }
+        assert!(!is_way(RouteNetlinkMessage::DelRoute(route(other, TUNNEL))));
+        assert!(is_way(RouteNetlinkMessage::DelRoute(route(other, 2))));
     }
 }
