@@ -22,7 +22,9 @@ use super::{
 /// Rest between two readings, as a multiple of what the last one took: on hosts whose rules change
 /// all the time, reading takes a sixth of a core at most.
 const REST: u32 = 5;
-/// The least rest.
+/// The most: on a busy machine readings take long though they cost little.
+const MOST_REST: Duration = Duration::from_secs(1);
+/// The least.
 const LEAST_REST: Duration = Duration::from_millis(10);
 /// How often the legacy tables are compared that nobody is known to have changed.
 const LEGACY_PERIOD: Duration = Duration::from_secs(10);
@@ -168,7 +170,7 @@ impl Watcher {
         }
         if let Some((ended, took)) = self.last {
             let wait = (took * REST)
-                .max(LEAST_REST)
+                .clamp(LEAST_REST, MOST_REST)
                 .saturating_sub(ended.elapsed());
             if !wait.is_zero() {
                 return Ok(Look::Wait(wait));
