@@ -295,7 +295,7 @@ mod tests {
                 .collect()
         };
         assert_eq!(concerned("tcp_crr").len(), all().len());
-        assert!(!concerned("tcp_stream").contains(&FLOWS.to_owned()));
+        assert!(!concerned("udp_64").contains(&FLOWS.to_owned()));
         assert_eq!(concerned("udp_15000_in_turn"), ["netlink", "learned"]);
     }
 
