@@ -30,7 +30,7 @@ use netlink_sys::{
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing::warn;
 
-use crate::datapath::netlink::is_of_peer;
+use crate::datapath::netlink::{is_of_peer, rtnl::NetlinkFd};
 
 const GROUP_NFTABLES: u32 = 7;
 const GROUP_XFRM_SA: u32 = 3;
@@ -40,6 +40,9 @@ const GROUP_IPV4_ROUTES: u32 = 7;
 const GROUP_IPV4_RULES: u32 = 8;
 /// Table `local`: addresses, not ways.
 const TABLE_LOCAL: u8 = 255;
+/// Bytes that events may take while they wait: thousands of peers' entries go and come back within
+/// milliseconds. A socket that overflows has lost what happened, so everything would count as changed.
+const RECEIVE_BUFFER: usize = 16 << 20;
 /// A bound for hosts on networks with very many neighbours.
 const MOST_NEIGHBOURS: usize = 65_536;
 /// The pause after a wait that failed.
@@ -159,7 +162,9 @@ impl Events {
 }
 
 fn listen(protocol: isize, groups: &[u32]) -> io::Result<Socket> {
-    let mut socket = Socket::new(protocol)?;
+    let socket = NetlinkFd(Socket::new(protocol)?);
+    socket.receive_buffer(RECEIVE_BUFFER)?;
+    let NetlinkFd(mut socket) = socket;
     socket.set_non_blocking(true)?;
     socket.bind(&SocketAddr::new(0, 0))?;
     for group in groups {
@@ -224,6 +229,10 @@ fn is_way(neighbours: &mut BTreeMap<Neighbour, Vec<u8>>, tunnel: u32, mut datagr
 
 /// Has a neighbour another link address than before? New ones concern nobody's verdict.
 fn has_moved(neighbours: &mut BTreeMap<Neighbour, Vec<u8>>, message: &NeighbourMessage) -> bool {
+    // Entries of a bridge or tunnel device are no neighbours.
+    if message.header.family != AddressFamily::Inet {
+        return false;
+    }
     let mut address = None;
     let mut link = None;
     for attribute in &message.attributes {
@@ -254,6 +263,7 @@ mod tests {
 
     fn neighbour(interface: u32, address: [u8; 4], link: &[u8]) -> NeighbourMessage {
         let mut message = NeighbourMessage::default();
+        message.header.family = AddressFamily::Inet;
         message.header.ifindex = interface;
         message.attributes = vec![
             NeighbourAttribute::Destination(NeighbourAddress::Inet(address.into())),
