@@ -1,7 +1,7 @@
 //! The eBPF datapath: programs above the kernel path, filled and attached by us.
 //!
 //! Switching on is load, fill, attach; switching off is detach, then drop, though not at once:
-//! see [`parked`]. All that must outlive the agent is pinned:
+//! see `parked`. All that must outlive the agent is pinned:
 //!
 //! ```text
 //! <bpf-dir>/vni<VNI>/<layout>/maps/<NAME>
