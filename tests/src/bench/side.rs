@@ -18,7 +18,7 @@ pub const NETLINK: &str = "netlink";
 /// What agents do unless told otherwise.
 pub const LEARNED: &str = "learned";
 /// The same without classes of connections.
-pub const FLOWS: &str = "learned-flows";
+pub const FLOWS: &str = "flows";
 /// The nodes themselves, without a rule.
 pub const HOST: &str = "host";
 /// The nodes themselves, with the rules of the others.

@@ -39,7 +39,7 @@ impl Bar {
             "host-nf" => "rules",
             "netlink" => "flannel's",
             "learned" => "default",
-            "learned-flows" => "no classes",
+            "flows" => "no classes",
             "direct" => "blind",
             "veth" => "no node",
             _ => "another agent",

@@ -42,7 +42,7 @@ fn colour(side: &str, index: usize) -> RGBColor {
         "host-nf" => RGBColor(110, 110, 110),
         "netlink" | "etcd" => RGBColor(213, 94, 0),
         "learned" => RGBColor(0, 158, 115),
-        "learned-flows" => RGBColor(86, 180, 233),
+        "flows" => RGBColor(86, 180, 233),
         "direct" | "directory" => RGBColor(0, 114, 178),
         "veth" => RGBColor(204, 121, 167),
         _ => [
