@@ -173,6 +173,20 @@ impl RunningStream {
         Ok(Self(ends))
     }
 
+    /// As [`Self::start_at`], with both ends on the first CPU. So is what the kernel does with
+    /// their packets, and nothing but a change of the path can put one before another.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_on_one_cpu(
+        from: &Namespace,
+        to: (&Namespace, SocketAddrV4),
+        arguments: &str,
+    ) -> Result<Self> {
+        let ask = format!("stream {arguments} --cpu 0");
+        Ok(Self(Ends::start(from, to, "stream-serve --cpu 0", &ask)?))
+    }
+
     /// Waits for the bound.
     ///
     /// # Errors

@@ -160,6 +160,15 @@ impl Kube {
         RunningStream::start_at(self.client().namespace(), to, arguments)
     }
 
+    /// As [`Self::stream`], with both ends on one CPU.
+    ///
+    /// # Errors
+    /// When a tool does not start.
+    pub fn stream_on_one_cpu(&self, via: Via, arguments: &str) -> Result<RunningStream> {
+        let to = (self.server().namespace(), self.target(via, STREAM_PORT));
+        RunningStream::start_on_one_cpu(self.client().namespace(), to, arguments)
+    }
+
     /// Starts datagrams to an echo in the server.
     ///
     /// # Errors
