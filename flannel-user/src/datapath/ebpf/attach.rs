@@ -14,16 +14,8 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Context as _;
 use aya::{
-    programs::{
-        ProgramError, SchedClassifier, TcAttachType,
-        links::FdLink,
-        tc::{
-            NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions, TcHandle,
-            qdisc_add_clsact,
-        },
-    },
+    programs::{SchedClassifier, TcAttachType, links::FdLink, tc::TcHandle},
     util::KernelVersion,
 };
 use flannel_ebpf::layout::{
@@ -31,7 +23,7 @@ use flannel_ebpf::layout::{
 };
 use tracing::{debug, info, warn};
 
-use super::{EbpfError, SyncReport, Wanted, object::Programs, pins::PinDir, tcx};
+use super::{EbpfError, SyncReport, Wanted, clsact, object::Programs, pins::PinDir, tcx};
 
 /// How programs are attached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -43,9 +35,6 @@ pub enum TcAttach {
     /// Filters at a clsact qdisc.
     Clsact,
 }
-
-/// Filters with a lower number run first: whatever else is there has its say before us.
-pub const CLSACT_PRIORITY: u16 = 0xc000;
 
 /// Where a program hooks in; those that only watch come first when attaching and last when
 /// detaching, so that whoever acts is always watched.
@@ -217,7 +206,7 @@ impl Attachments {
         let program = programs.classifier(name)?;
         pin_program(program, &pins.programs().join(name));
         if !self.tcx {
-            return self.attach_clsact(program, place.hook, interface);
+            return clsact::attach(program, self.handle, place.hook, interface);
         }
         if let Some(link) = self.parked.remove(&place) {
             match tcx::resume(program, pins, place, link) {
@@ -322,78 +311,19 @@ impl Attachments {
             tcx::pin(link, &pins.links().join(place.pin_name()))?;
             return Ok(true);
         }
-        let Ok(id) = self.fresh_clsact(program, place.hook, interface) else {
-            return Ok(false);
-        };
-        keep_filter(program, id)?;
-        Ok(true)
-    }
-
-    fn fresh_clsact(
-        &self,
-        program: &mut SchedClassifier,
-        hook: Hook,
-        interface: &str,
-    ) -> Result<SchedClassifierLinkId, ProgramError> {
-        // Present already is fine: it may be ours or anybody's.
-        if let Err(error) = qdisc_add_clsact(interface) {
-            debug!(interface, %error, "clsact qdisc not added");
-        }
-        let options = NlOptions {
-            priority: CLSACT_PRIORITY,
-            handle: self.handle,
-            ..NlOptions::default()
-        };
-        program.attach_with_options(
-            interface,
-            hook.attach_type(),
-            TcAttachOptions::Netlink(options),
-        )
-    }
-
-    fn attach_clsact(
-        &self,
-        program: &mut SchedClassifier,
-        hook: Hook,
-        interface: &str,
-    ) -> anyhow::Result<()> {
-        let id = match self.fresh_clsact(program, hook, interface) {
-            Ok(id) => id,
-            // A filter with our priority and handle is there: swap its program.
-            Err(error) => program
-                .attach_to_link(self.clsact_link(hook.attach_type(), interface)?)
-                .with_context(|| format!("adding a filter failed before: {error}"))?,
-        };
-        keep_filter(program, id)
-    }
-
-    fn clsact_link(
-        &self,
-        attach_type: TcAttachType,
-        interface: &str,
-    ) -> anyhow::Result<SchedClassifierLink> {
-        SchedClassifierLink::attached(interface, attach_type, CLSACT_PRIORITY, self.handle, None)
-            .with_context(|| format!("interface {interface}"))
+        clsact::restore(program, self.handle, place.hook, interface)
     }
 
     fn detach(&self, pins: &PinDir, place: Place, interface: &str) {
         if self.tcx {
             let _ = fs::remove_file(pins.links().join(place.pin_name()));
         } else {
-            self.detach_clsact(place.hook.attach_type(), interface);
+            clsact::detach(self.handle, place.hook.attach_type(), interface);
         }
         debug!(
             program = place.hook.program(),
             interface, "program detached"
         );
-    }
-
-    /// Removes our filter; an interface that is gone took it along.
-    fn detach_clsact(&self, attach_type: TcAttachType, interface: &str) {
-        if let Ok(link) = self.clsact_link(attach_type, interface) {
-            let removed = aya::programs::links::Link::detach(link);
-            debug!(interface, ok = removed.is_ok(), "clsact filter removed");
-        }
     }
 
     /// Removes leftovers of earlier agents: links of interfaces that are not
@@ -419,7 +349,7 @@ impl Attachments {
                         *name == interface && place.hook.attach_type() == attach_type
                     });
                 if !wanted {
-                    self.detach_clsact(attach_type, &interface);
+                    clsact::detach(self.handle, attach_type, &interface);
                 }
             }
         }
@@ -430,7 +360,7 @@ impl Attachments {
         remove_links(pins);
         for interface in interfaces() {
             for attach_type in SIDES {
-                self.detach_clsact(attach_type, &interface);
+                clsact::detach(self.handle, attach_type, &interface);
             }
         }
     }
@@ -508,12 +438,6 @@ fn interfaces() -> Vec<String> {
             Vec::new()
         }
     }
-}
-
-/// Lets a filter outlive this process; aya would remove it on drop.
-fn keep_filter(program: &mut SchedClassifier, id: SchedClassifierLinkId) -> anyhow::Result<()> {
-    std::mem::forget(program.take_link(id)?);
-    Ok(())
 }
 
 /// Pins the program itself, so that other tools find it by name. Not needed for forwarding.

@@ -83,31 +83,9 @@ pub fn for_each<K: Pod, V: Pod>(map: &MapData, mut visit: impl FnMut(&K, &V)) ->
     let entries = ENTRIES as usize;
     let mut keys: Vec<K> = Vec::with_capacity(entries);
     let mut values: Vec<V> = Vec::with_capacity(entries);
-    let (mut place, mut next) = (0u32, 0u32);
-    let mut is_first = true;
-    loop {
-        let mut attributes = Attributes {
-            in_batch: if is_first {
-                0
-            } else {
-                (&raw const place) as u64
-            },
-            out_batch: (&raw mut next) as u64,
-            keys: keys.as_mut_ptr() as u64,
-            values: values.as_mut_ptr() as u64,
-            count: ENTRIES,
-            map: map.fd().as_fd().as_raw_fd().cast_unsigned(),
-            ..Attributes::default()
-        };
-        // SAFETY: the kernel writes at most `count` keys and values of the sizes compared above
-        // into the vectors' room, and a word into `next`; all live until it returns.
-        let answer = unsafe { bpf(LOOKUP_BATCH, &mut attributes) };
-        let is_last = match answer {
-            Ok(()) => false,
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
-            Err(error) => return Err(error),
-        };
-        let found = (attributes.count as usize).min(entries);
+    let room = [keys.as_mut_ptr() as u64, values.as_mut_ptr() as u64];
+    let took = |found: usize| {
+        let found = found.min(entries);
         // SAFETY: the kernel has written so many; any bytes are valid for plain data.
         unsafe {
             keys.set_len(found);
@@ -116,12 +94,10 @@ pub fn for_each<K: Pod, V: Pod>(map: &MapData, mut visit: impl FnMut(&K, &V)) ->
         for (key, value) in keys.iter().zip(&values) {
             visit(key, value);
         }
-        if is_last {
-            return Ok(());
-        }
-        place = next;
-        is_first = false;
-    }
+    };
+    // SAFETY: the vectors have room for so many keys and values of the sizes compared above, and
+    // are not moved meanwhile.
+    unsafe { walk(map, LOOKUP_BATCH, room, took) }
 }
 
 /// Removes every entry of a hash map.
@@ -130,9 +106,27 @@ pub fn for_each<K: Pod, V: Pod>(map: &MapData, mut visit: impl FnMut(&K, &V)) ->
 /// What the kernel says; what was removed before stays removed.
 pub fn empty(map: &MapData) -> io::Result<()> {
     let info = map.info().map_err(io::Error::other)?;
-    let entries = ENTRIES.min(info.max_entries());
-    let room = |size: u32| vec![0_u8; size as usize * entries as usize];
+    let room = |size: u32| vec![0_u8; size as usize * ENTRIES as usize];
     let (mut keys, mut values) = (room(info.key_size()), room(info.value_size()));
+    let room = [keys.as_mut_ptr() as u64, values.as_mut_ptr() as u64];
+    // SAFETY: the vectors have room for so many keys and values of the map's sizes.
+    unsafe { walk(map, TAKE_BATCH, room, |_| ()) }
+}
+
+/// Goes through the whole map by `command`, [`ENTRIES`] at a time; `took` hears how many keys and
+/// values the kernel has written to the start of the two places of `room`.
+///
+/// # Errors
+/// What the kernel says; what came before was told.
+///
+/// # Safety
+/// Each place of `room` has room for [`ENTRIES`] keys or values of this map until this returns.
+unsafe fn walk(
+    map: &MapData,
+    command: libc::c_long,
+    room: [u64; 2],
+    mut took: impl FnMut(usize),
+) -> io::Result<()> {
     let (mut place, mut next) = (0u32, 0u32);
     let mut is_first = true;
     loop {
@@ -143,30 +137,23 @@ pub fn empty(map: &MapData) -> io::Result<()> {
                 (&raw const place) as u64
             },
             out_batch: (&raw mut next) as u64,
-            keys: keys.as_mut_ptr() as u64,
-            values: values.as_mut_ptr() as u64,
-            count: entries,
+            keys: room[0],
+            values: room[1],
+            count: ENTRIES,
             map: map.fd().as_fd().as_raw_fd().cast_unsigned(),
             ..Attributes::default()
         };
-        // SAFETY: the kernel writes at most `count` keys and values of the map's sizes into the
-        // vectors, which have that room, and a word into `next`; all live until it returns.
-        let answer = unsafe {
-            libc::syscall(
-                libc::SYS_bpf,
-                TAKE_BATCH,
-                &raw mut attributes,
-                size_of::<Attributes>(),
-            )
-        };
-        if answer < 0 {
-            let error = io::Error::last_os_error();
+        // SAFETY: the kernel writes at most `count` keys and values, for which the caller has room,
+        // and a word into `next`, which lives until it returns.
+        let is_last = match unsafe { bpf(command, &mut attributes) } {
+            Ok(()) => false,
             // The last bucket was reached.
-            return if error.raw_os_error() == Some(libc::ENOENT) {
-                Ok(())
-            } else {
-                Err(error)
-            };
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+            Err(error) => return Err(error),
+        };
+        took(attributes.count as usize);
+        if is_last {
+            return Ok(());
         }
         place = next;
         is_first = false;

@@ -17,6 +17,7 @@
 
 mod attach;
 pub mod batch;
+mod clsact;
 mod counters;
 mod ends;
 pub mod epoch;
@@ -60,7 +61,8 @@ use self::{
     tables::MapTables,
 };
 pub use self::{
-    attach::{CLSACT_PRIORITY, Places, TcAttach},
+    attach::{Places, TcAttach},
+    clsact::CLSACT_PRIORITY,
     object::Programs,
     own::OwnState,
     parked::Parked,

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use aya::maps::MapData;
 use flannel_ebpf::layout::{CLASSES, FLOWS_IN, FLOWS_OUT, OWN, TRANSLATED};
 
-use super::{EbpfDatapath, EbpfError, batch};
+use super::{EbpfDatapath, EbpfError, tables::forget};
 
 /// How long the places at the hooks are kept, by links with a program that does nothing.
 const KEEP_PLACES: Duration = Duration::from_secs(10);
@@ -61,11 +61,7 @@ impl Parked {
                 kind: "map",
                 name: name.to_owned(),
             })?;
-            batch::empty(map).map_err(|source| EbpfError::Map {
-                action: "empty",
-                map: name,
-                source: source.into(),
-            })?;
+            forget(name, map)?;
         }
         datapath.tables.reset_counters()?;
         datapath.generation.allow(false, false);

@@ -300,8 +300,8 @@ impl MapTables {
                     .map_err(map_failed("write", EXCLUDED_PORTS))?;
             }
             self.ports = ports;
-            forget(FLOWS_OUT, &mut self.flows_out)?;
-            forget(FLOWS_IN, &mut self.flows_in)?;
+            forget(FLOWS_OUT, self.flows_out.map())?;
+            forget(FLOWS_IN, self.flows_in.map())?;
         }
         self.written_exclusions = Some(exclusions.clone());
         Ok(())
@@ -315,18 +315,14 @@ impl MapTables {
 
     /// Every counter starts at 0 again.
     pub(super) fn reset_counters(&mut self) -> Result<(), EbpfError> {
-        let failed = |source| EbpfError::Map {
-            action: "write",
-            map: COUNTERS,
-            source,
-        };
-        let cpus = self.counters.get(&0, 0).map_err(failed)?.len();
+        let cpus = self.counters.get(&0, 0);
+        let cpus = cpus.map_err(map_failed("read", COUNTERS))?.len();
         for reason in Reason::ALL {
-            let zeros = PerCpuValues::try_from(vec![Tally::default(); cpus])
-                .map_err(|error| failed(MapError::IoError(error)))?;
-            self.counters
-                .set(reason.index(), zeros, 0)
-                .map_err(failed)?;
+            let zeros = PerCpuValues::try_from(vec![Tally::default(); cpus]);
+            zeros
+                .map_err(MapError::IoError)
+                .and_then(|zeros| self.counters.set(reason.index(), zeros, 0))
+                .map_err(map_failed("write", COUNTERS))?;
         }
         Ok(())
     }
@@ -354,16 +350,11 @@ fn port_words(ports: &Array<MapData, u64>) -> Result<Vec<u64>, EbpfError> {
     Ok(words)
 }
 
-/// Empties a flow table; its flows take the stack and are learned again.
-fn forget<V: Pod>(
-    name: &'static str,
-    flows: &mut HashMap<MapData, FlowKey, V>,
-) -> Result<(), EbpfError> {
-    let keys: Result<Vec<FlowKey>, MapError> = flows.keys().collect();
-    for key in keys.map_err(map_failed("list", name))? {
-        absent(flows.remove(&key)).map_err(map_failed("remove from", name))?;
-    }
-    Ok(())
+/// Empties a table of what was learned; its flows take the stack and are learned again.
+pub(super) fn forget(name: &'static str, learned: &MapData) -> Result<(), EbpfError> {
+    batch::empty(learned)
+        .map_err(MapError::IoError)
+        .map_err(map_failed("empty", name))
 }
 
 /// What came of a removal: that the entry is gone already is fine.
