@@ -216,9 +216,7 @@ impl Exchange {
             match self.table.take(key) {
                 Ok(Some(last)) => {
                     let last = handover::entry(key, &last, &timeouts);
-                    if last.state != entry.state {
-                        corrections.push(last);
-                    }
+                    corrections.extend(handover::correction(entry, last));
                     handed_over += 1;
                 }
                 Ok(None) => handed_over += 1,

@@ -160,6 +160,13 @@ pub(super) fn entry(key: &FlowKey, flow: &OwnFlow, timeouts: &Timeouts) -> Entry
     entry
 }
 
+/// What conntrack has to be told once more, if the connection went on while it was told of it.
+///
+/// The state alone would not say: a doubtful RST changes nothing but the time.
+pub(super) fn correction(told: &Entry, last: Entry) -> Option<Entry> {
+    ((last.state, last.timeout) != (told.state, told.timeout)).then_some(last)
+}
+
 #[cfg(test)]
 mod tests {
     use flannel_ebpf::own::{Segment, advance, opened};
@@ -224,6 +231,19 @@ mod tests {
                 "the peer is the client"
             );
             assert!(!entry.is_translated());
+        }
+    }
+
+    #[test]
+    fn what_comes_meanwhile_is_told_once_more() {
+        let timeouts = Timeouts::default();
+        let with = |more: &[(Way, u8)]| after(&[&OPEN[..], more].concat(), 0);
+        let told = entry(&key(), &with(&[]), &timeouts);
+        let last = |more: &[(Way, u8)]| entry(&key(), &with(more), &timeouts);
+        assert_eq!(correction(&told, last(&[(Way::In, ACK)])), None);
+        for end in [FIN_ACK, RST] {
+            let last = last(&[(Way::Out, end)]);
+            assert_eq!(correction(&told, last.clone()), Some(last));
         }
     }
 
