@@ -205,7 +205,7 @@ fn unfit(inner: &Ipv4Hdr) -> Reason {
         Reason::InMulticast
     } else if header::is_fragment(inner) {
         Reason::InFragment
-    } else if inner.proto != header::TCP && inner.proto != header::UDP {
+    } else if !header::has_ports(inner.proto) {
         Reason::InProtocol
     } else {
         Reason::InMalformed
@@ -223,9 +223,7 @@ pub fn deliver<'a, F: Frame, T: Tables>(
     tables: &'a T,
     node: &NodeConfig,
 ) -> Result<Delivery<'a>, Reason> {
-    inward(frame, tables, node, |protocol| {
-        protocol == header::TCP || protocol == header::UDP
-    })
+    inward(frame, tables, node, header::has_ports)
 }
 
 /// The same for an ICMP error.

@@ -111,7 +111,7 @@ fn unfit(ip: &Ipv4Hdr) -> Reason {
         Reason::OutMulticast
     } else if header::is_fragment(ip) {
         Reason::OutFragment
-    } else if ip.proto != header::TCP && ip.proto != header::UDP {
+    } else if !header::has_ports(ip.proto) {
         Reason::OutProtocol
     } else {
         Reason::OutMalformed
@@ -196,9 +196,7 @@ pub fn encapsulate<'a, F: Frame, T: Tables>(
     tables: &'a T,
     node: &'a NodeConfig,
 ) -> Result<Encapsulation<'a>, Reason> {
-    outward(frame, tables, node, |protocol| {
-        protocol == header::TCP || protocol == header::UDP
-    })
+    outward(frame, tables, node, header::has_ports)
 }
 
 /// The same for an ICMP error.

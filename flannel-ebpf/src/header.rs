@@ -33,6 +33,13 @@ pub const TCP: u8 = 6;
 /// IP protocol number of UDP.
 pub const UDP: u8 = 17;
 
+/// Does a header of the protocol begin with two ports, and can its packets be of a flow?
+#[must_use]
+#[inline(always)]
+pub fn has_ports(protocol: u8) -> bool {
+    protocol == TCP || protocol == UDP
+}
+
 macro_rules! headers {
     ($($header:ty = $len:literal),*) => { $(
         const _: () = assert!(align_of::<$header>() == 1 && size_of::<$header>() == $len);

@@ -19,7 +19,7 @@ use flannel_ebpf::{
     encap::Encapsulation,
     hash,
     header::{self, Ethernet, IPV4},
-    layout::{FlowKey, InFlow, OutFlow, TEMPLATE_LEN, Verdict},
+    layout::{FlowKey, InFlow, LocalPod, OutFlow, TEMPLATE_LEN, Verdict},
     learned,
     outer::{OVERHEAD, Outer, next_hop_ttl},
     packet::Packet,
@@ -101,8 +101,7 @@ pub(super) fn send(context: &TcContext, way: &Encapsulation<'_>) -> (Reason, i32
 /// Takes the outer headers off and puts the packet into the pod's namespace.
 #[inline(always)]
 pub(super) fn deliver(context: &TcContext, way: &Delivery<'_>) -> (Reason, i32) {
-    let pod = *way.pod;
-    let (tos, ttl, check) = way.next_hop();
+    let next = way.next_hop();
 
     if context
         .adjust_room(-(OVERHEAD as i32), BPF_ADJ_ROOM_MAC, SHRINK)
@@ -113,34 +112,27 @@ pub(super) fn deliver(context: &TcContext, way: &Delivery<'_>) -> (Reason, i32) 
     // The tunnel device would have spent one checksum level, also for a zero outer checksum.
     // SAFETY: the context is valid. A packet without a verified checksum has no level to spend: ignored.
     let _ = unsafe { bpf_csum_level(context.as_ptr().cast(), CSUM_LEVEL_DEC) };
-    let Some(headers) = wire::writable::<{ IP + 20 }>(context, 0) else {
-        return (Reason::InLost, DROP);
-    };
-    // SAFETY: an Ethernet and an IPv4 header's worth of writable bytes.
-    unsafe {
-        headers.cast::<Ethernet>().write_unaligned(Ethernet {
-            destination: pod.mac,
-            source: pod.gateway_mac,
-            ether_type: IPV4,
-        });
-        (*headers)[IP + 1] = tos;
-        (*headers)[IP + 8] = ttl;
-        (*headers)[IP + 10] = check[0];
-        (*headers)[IP + 11] = check[1];
-    }
-    // SAFETY: a helper without memory arguments.
-    let verdict = unsafe { bpf_redirect_peer(pod.ifindex, 0) };
-    (Reason::Decapsulated, verdict as i32)
+    into_pod(context, way.pod, next, Reason::Decapsulated).unwrap_or((Reason::InLost, DROP))
 }
 
 /// Puts a packet that the kernel has taken out of the tunnel into the pod's namespace.
 #[inline(always)]
 pub(super) fn hand_in(context: &TcContext, way: &Delivery<'_>) -> (Reason, i32) {
-    let pod = *way.pod;
-    let (tos, ttl, check) = way.next_hop();
-    let Some(headers) = wire::writable::<{ IP + 20 }>(context, 0) else {
-        return (Reason::InMalformed, NEXT);
-    };
+    into_pod(context, way.pod, way.next_hop(), Reason::OwnWhole)
+        .unwrap_or((Reason::InMalformed, NEXT))
+}
+
+/// Writes the headers of the hop into the pod to a plain packet and puts it there: TOS, TTL and
+/// header checksum as of [`Delivery::next_hop`]. Nothing is changed if there is no room to write.
+#[inline(always)]
+fn into_pod(
+    context: &TcContext,
+    pod: &LocalPod,
+    (tos, ttl, check): (u8, u8, [u8; 2]),
+    done: Reason,
+) -> Option<(Reason, i32)> {
+    let pod = *pod;
+    let headers = wire::writable::<{ IP + 20 }>(context, 0)?;
     // SAFETY: an Ethernet and an IPv4 header's worth of writable bytes.
     unsafe {
         headers.cast::<Ethernet>().write_unaligned(Ethernet {
@@ -155,7 +147,7 @@ pub(super) fn hand_in(context: &TcContext, way: &Delivery<'_>) -> (Reason, i32) 
     }
     // SAFETY: a helper without memory arguments.
     let verdict = unsafe { bpf_redirect_peer(pod.ifindex, 0) };
-    (Reason::OwnWhole, verdict as i32)
+    Some((done, verdict as i32))
 }
 
 /// Where the far end of a flow stands in a packet.
