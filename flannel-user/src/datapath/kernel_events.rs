@@ -8,11 +8,11 @@
 use std::{io, mem, os::fd::AsRawFd, time::Duration};
 
 use netlink_packet_core::NlasIterator;
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use netlink_sys::{Socket, protocols::NETLINK_ROUTE};
 use tokio::{io::unix::AsyncFd, sync::mpsc, time::Instant};
 use tracing::{debug, warn};
 
-use super::netlink::rtnl::NetlinkFd;
+use super::netlink::{next_hop_object, socket::NetlinkFd};
 
 /// Receive buffer in bytes: several thousand events while nobody reads.
 const RECEIVE_BUFFER: usize = 8 << 20;
@@ -35,12 +35,8 @@ const NETLINK_LISTEN_ALL_NSID: libc::c_int = 8;
 const NLMSG_HEADER: usize = 16;
 /// Of the port in a message's header.
 const PORT_OFFSET: u32 = 12;
-const RTM_NEWNEXTHOP: u16 = 104;
-const RTM_DELNEXTHOP: u16 = 105;
 const RTA_OIF: u16 = 4;
-const NHA_OIF: u16 = 5;
 const ROUTE_HEADER: usize = 12;
-const NEXT_HOP_HEADER: usize = 8;
 
 /// Where an event comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -156,7 +152,7 @@ pub fn listen(
         GROUP_IPV4_ADDRESSES,
         GROUP_IPV4_ROUTES,
     ];
-    let socket = join(socket, &groups)?;
+    let socket = NetlinkFd::listening(socket, RECEIVE_BUFFER, &groups)?;
     if let Err(error) = socket.0.add_membership(GROUP_NEXT_HOPS) {
         debug!(%error, "the kernel has no next hop objects");
     }
@@ -171,18 +167,8 @@ pub fn listen_to_links(
     relevant: impl Fn(&KernelEvent) -> bool + Send + Sync + 'static,
 ) -> io::Result<mpsc::Receiver<KernelEvent>> {
     let groups = [GROUP_LINKS, GROUP_IPV4_ADDRESSES];
-    spawn(join(Socket::new(NETLINK_ROUTE)?, &groups)?, relevant)
-}
-
-fn join(mut socket: Socket, groups: &[u32]) -> io::Result<NetlinkFd> {
-    socket.set_non_blocking(true)?;
-    socket.bind(&SocketAddr::new(0, 0))?;
-    let socket = NetlinkFd(socket);
-    socket.receive_buffer(RECEIVE_BUFFER)?;
-    for group in groups {
-        socket.0.add_membership(*group)?;
-    }
-    Ok(socket)
+    let socket = NetlinkFd::listening(Socket::new(NETLINK_ROUTE)?, RECEIVE_BUFFER, &groups)?;
+    spawn(socket, relevant)
 }
 
 fn spawn(
@@ -376,10 +362,15 @@ fn event(message: &[u8], namespace: Option<i32>) -> Option<KernelEvent> {
             table: *body.get(4)?,
             removed: kind == libc::RTM_DELROUTE,
         },
-        RTM_NEWNEXTHOP | RTM_DELNEXTHOP => KernelEvent::NextHops {
-            origin,
-            index: out_interface(body.get(NEXT_HOP_HEADER..)?, NHA_OIF),
-        },
+        next_hop_object::RTM_NEWNEXTHOP | next_hop_object::RTM_DELNEXTHOP => {
+            KernelEvent::NextHops {
+                origin,
+                index: out_interface(
+                    body.get(next_hop_object::HEADER..)?,
+                    next_hop_object::NHA_OIF,
+                ),
+            }
+        }
         libc::RTM_NEWQDISC | libc::RTM_DELQDISC | libc::RTM_NEWTFILTER | libc::RTM_DELTFILTER => {
             KernelEvent::Queueing {
                 origin,
@@ -437,7 +428,7 @@ mod tests {
             message(libc::RTM_NEWRULE, &[2; 12]),
             message(libc::RTM_NEWNEIGH, &fdb),
             message(libc::RTM_DELROUTE, &route),
-            message(RTM_DELNEXTHOP, &next_hop),
+            message(next_hop_object::RTM_DELNEXTHOP, &next_hop),
         ]
         .concat();
         let origin = Origin {

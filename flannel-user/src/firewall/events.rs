@@ -6,11 +6,11 @@
 use std::io;
 
 use netlink_packet_core::NlasIterator;
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+use netlink_sys::{Socket, protocols::NETLINK_NETFILTER};
 use tokio::{io::unix::AsyncFd, sync::mpsc};
 use tracing::warn;
 
-use crate::datapath::netlink::rtnl::NetlinkFd;
+use crate::datapath::netlink::socket::NetlinkFd;
 
 /// Receive buffer in bytes. If it overflows all the same, everything is looked at.
 const RECEIVE_BUFFER: usize = 1 << 20;
@@ -52,13 +52,8 @@ const OURS: &[u8] = b"flannel-";
 /// # Errors
 /// The socket's. Must be called within a tokio runtime.
 pub(super) fn listen() -> io::Result<mpsc::Receiver<()>> {
-    let mut socket = Socket::new(NETLINK_NETFILTER)?;
-    socket.set_non_blocking(true)?;
-    socket.bind(&SocketAddr::new(0, 0))?;
-    let socket = NetlinkFd(socket);
-    socket.receive_buffer(RECEIVE_BUFFER)?;
-    socket.0.add_membership(GROUP_NFTABLES)?;
-    let socket = socket.register()?;
+    let socket = Socket::new(NETLINK_NETFILTER)?;
+    let socket = NetlinkFd::listening(socket, RECEIVE_BUFFER, &[GROUP_NFTABLES])?.register()?;
     let (sender, receiver) = mpsc::channel(1);
     tokio::spawn(forward(socket, sender));
     Ok(receiver)

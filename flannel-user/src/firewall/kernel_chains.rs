@@ -6,14 +6,10 @@
 use std::io;
 
 use netlink_packet_core::NlasIterator;
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
-use nix::sys::{
-    socket::{setsockopt, sockopt},
-    time::TimeVal,
-};
+use netlink_sys::protocols::NETLINK_NETFILTER;
 use tracing::debug;
 
-use crate::datapath::netlink::rtnl::NetlinkFd;
+use crate::datapath::netlink::socket::NetlinkFd;
 
 const SUBSYSTEM_NFTABLES: u8 = 10;
 const NFT_MSG_GETTABLE: u8 = 1;
@@ -29,8 +25,6 @@ const TABLE: u16 = 1;
 const CHAIN_NAME: u16 = 3;
 /// Without the flags in an attribute's kind.
 const KIND: u16 = 0x3fff;
-/// Seconds that the kernel may take for a part of its answer.
-const PATIENCE: i64 = 5;
 
 /// The address family of tables for IPv4.
 pub(super) const IP: u8 = 2;
@@ -64,11 +58,7 @@ fn dump_or_nothing(question: u8) -> Vec<Object> {
 }
 
 fn dump(question: u8) -> io::Result<Vec<Object>> {
-    let mut socket = Socket::new(NETLINK_NETFILTER)?;
-    socket.bind_auto()?;
-    socket.connect(&SocketAddr::new(0, 0))?;
-    let socket = NetlinkFd(socket);
-    setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(PATIENCE, 0))?;
+    let socket = NetlinkFd::asking(NETLINK_NETFILTER)?;
 
     let mut request = Vec::with_capacity(NLMSG_HEADER + NFGEN_HEADER);
     request.extend((NLMSG_HEADER as u32 + NFGEN_HEADER as u32).to_ne_bytes());

@@ -19,14 +19,10 @@ use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
     conntrack::ConntrackMessage,
 };
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
-use nix::sys::{
-    socket::{setsockopt, sockopt},
-    time::TimeVal,
-};
+use netlink_sys::protocols::NETLINK_NETFILTER;
 
 pub use self::entry::{Entry, TcpFlags, TcpState, Tuple, status, tcp_flags};
-use super::netlink::rtnl::NetlinkFd;
+use super::netlink::socket::NetlinkFd;
 
 /// Requests per send: more gain nothing measurable.
 const BATCH: usize = 64;
@@ -34,8 +30,6 @@ const BATCH: usize = 64;
 const RECEIVE_BUFFER: usize = 4 << 20;
 /// Bytes per receive; the kernel fills at most 32 kB per part of a dump.
 const DATAGRAM: usize = 64 << 10;
-/// Seconds that the kernel may take for an answer.
-const PATIENCE: i64 = 5;
 /// How often a dump is repeated that was torn by a concurrent change of the table's size.
 const TORN_DUMP_RETRIES: usize = 3;
 
@@ -102,14 +96,10 @@ impl ConntrackTable {
     /// The system's reason.
     pub fn open() -> Result<Self, TableError> {
         let open = || -> io::Result<NetlinkFd> {
-            let mut socket = Socket::new(NETLINK_NETFILTER)?;
-            socket.bind_auto()?;
-            socket.connect(&SocketAddr::new(0, 0))?;
+            let socket = NetlinkFd::asking(NETLINK_NETFILTER)?;
             // Refusals without a copy of what was refused.
-            socket.set_cap_ack(true)?;
-            let socket = NetlinkFd(socket);
+            socket.0.set_cap_ack(true)?;
             socket.receive_buffer(RECEIVE_BUFFER)?;
-            setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(PATIENCE, 0))?;
             Ok(socket)
         };
         Ok(Self {

@@ -9,9 +9,10 @@ mod apply;
 mod device;
 mod entries;
 mod kernel;
-mod next_hop_object;
+pub(in crate::datapath) mod next_hop_object;
 mod plan;
 pub mod rtnl;
+pub(crate) mod socket;
 
 use std::time::{Duration, Instant};
 

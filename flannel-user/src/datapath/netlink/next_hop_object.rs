@@ -16,14 +16,15 @@ use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteFlags, Rout
 /// for it.
 const PROTOCOL: u8 = 241;
 
-const HEADER: usize = 8;
+/// Length of an object's fixed part (`struct nhmsg`).
+pub(in crate::datapath) const HEADER: usize = 8;
 /// Length and kind.
 const ATTRIBUTE_HEADER: usize = 4;
-const RTM_NEWNEXTHOP: u16 = 104;
-const RTM_DELNEXTHOP: u16 = 105;
+pub(in crate::datapath) const RTM_NEWNEXTHOP: u16 = 104;
+pub(in crate::datapath) const RTM_DELNEXTHOP: u16 = 105;
 const RTM_GETNEXTHOP: u16 = 106;
 const NHA_ID: u16 = 1;
-const NHA_OIF: u16 = 5;
+pub(in crate::datapath) const NHA_OIF: u16 = 5;
 const NHA_GATEWAY: u16 = 6;
 const RTNH_F_ONLINK: u32 = 4;
 
@@ -57,13 +58,7 @@ pub(super) fn id_of(gateway: Ipv4Addr) -> u32 {
 /// Unlike gateway and device, which the kernel leaves out under `net.ipv4.nexthop_compat_mode=0`,
 /// this is always to be seen.
 pub(super) fn is_through_object(route: &RouteMessage) -> bool {
-    let id = route
-        .attributes
-        .iter()
-        .find_map(|attribute| match attribute {
-            RouteAttribute::NhId(id) => Some(*id),
-            _ => None,
-        });
+    let id = object_of(route);
     id.is_some() && id == base_of(route).map(id_of)
 }
 
@@ -76,12 +71,19 @@ pub fn is_of_peer(route: &RouteMessage) -> bool {
         _ => false,
     };
     let is_plain = route.header.flags.contains(RouteFlags::Onlink)
-        && !route
-            .attributes
-            .iter()
-            .any(|attribute| matches!(attribute, RouteAttribute::NhId(_)))
+        && object_of(route).is_none()
         && route.attributes.iter().any(is_gateway);
     is_plain || is_through_object(route)
+}
+
+fn object_of(route: &RouteMessage) -> Option<u32> {
+    route
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            RouteAttribute::NhId(id) => Some(*id),
+            _ => None,
+        })
 }
 
 fn base_of(route: &RouteMessage) -> Option<Ipv4Addr> {

@@ -7,10 +7,7 @@
 //!
 //! The socket belongs to the network namespace of the thread that opened it, for ever.
 
-use std::{
-    io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
-};
+use std::io;
 
 use netlink_packet_core::{
     ErrorMessage, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader,
@@ -18,8 +15,9 @@ use netlink_packet_core::{
 };
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
-use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::unix::AsyncFd;
+
+use super::socket::NetlinkFd;
 
 /// Requests per send: about 50 kB, well below the default send buffer of 208 kB, and even
 /// if every one of them fails the answers fit the receive buffer below.
@@ -402,40 +400,6 @@ fn bind(socket: &mut Socket) -> io::Result<u32> {
         }
     }
     Ok(socket.bind_auto()?.port_number())
-}
-
-/// A netlink socket that lends its descriptor safely; `netlink_sys` gives out the raw one only.
-#[derive(Debug)]
-pub(crate) struct NetlinkFd(pub(crate) Socket);
-
-impl AsFd for NetlinkFd {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the descriptor is open as long as the socket, which outlives the borrow.
-        unsafe { BorrowedFd::borrow_raw(self.0.as_raw_fd()) }
-    }
-}
-
-impl AsRawFd for NetlinkFd {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
-    }
-}
-
-impl NetlinkFd {
-    /// Hands the socket, which must not block, to the tokio runtime.
-    pub(crate) fn register(self) -> io::Result<AsyncFd<Self>> {
-        // SAFETY: `as_raw_fd` names the descriptor that the socket owns, the same one from here
-        // until the socket is dropped together with its registration.
-        Ok(unsafe { AsyncFd::register(self) }?)
-    }
-
-    /// Sets the receive buffer to `bytes`, beyond `net.core.rmem_max` where `CAP_NET_ADMIN`
-    /// (which every change needs as well) allows it.
-    pub(crate) fn receive_buffer(&self, bytes: usize) -> io::Result<()> {
-        setsockopt(self, sockopt::RcvBufForce, &bytes)
-            .or_else(|_| setsockopt(self, sockopt::RcvBuf, &bytes))
-            .map_err(io::Error::from)
-    }
 }
 
 /// The messages of one datagram. An unknown or odd object is an error of its own and does not hide

@@ -3,11 +3,7 @@
 
 use std::{collections::BTreeMap, io};
 
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
-use nix::sys::{
-    socket::{setsockopt, sockopt},
-    time::TimeVal,
-};
+use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use super::{
     attribute::{append, attribute, number_of, text},
@@ -17,7 +13,7 @@ use super::{
     nft_set::{self, Set},
     pods::Pods,
 };
-use crate::datapath::netlink::rtnl::NetlinkFd;
+use crate::datapath::netlink::socket::NetlinkFd;
 
 const SUBSYSTEM: u8 = 10;
 const GETCHAIN: u8 = 4;
@@ -46,8 +42,6 @@ const GENERATION: u16 = 1;
 
 /// Bytes per receive; the kernel fills at most 32 kB per part of a dump.
 const DATAGRAM: usize = 64 << 10;
-/// Seconds that the kernel may take for a part of its answer.
-const PATIENCE: i64 = 5;
 /// How often everything is read again that changed while it was read.
 const ATTEMPTS: usize = 3;
 
@@ -95,13 +89,8 @@ fn is_on_the_way(family: &str, hook: u32) -> bool {
 impl Netfilter {
     /// Opens a socket in the network namespace of the calling thread.
     pub(super) fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_NETFILTER)?;
-        socket.bind_auto()?;
-        socket.connect(&SocketAddr::new(0, 0))?;
-        let socket = NetlinkFd(socket);
-        setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(PATIENCE, 0))?;
         Ok(Self {
-            socket,
+            socket: NetlinkFd::asking(NETLINK_NETFILTER)?,
             sequence: 0,
             datagram: vec![0; DATAGRAM],
         })

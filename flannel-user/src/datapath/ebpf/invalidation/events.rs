@@ -5,10 +5,7 @@ use std::{
     collections::BTreeMap,
     io::{self, Read as _},
     net::Ipv4Addr,
-    os::{
-        fd::{AsFd as _, AsRawFd as _, BorrowedFd},
-        unix::net::UnixStream,
-    },
+    os::{fd::AsFd as _, unix::net::UnixStream},
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -24,13 +21,13 @@ use netlink_packet_route::{
     route::RouteAttribute,
 };
 use netlink_sys::{
-    Socket, SocketAddr,
+    Socket,
     protocols::{NETLINK_NETFILTER, NETLINK_ROUTE, NETLINK_XFRM},
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing::warn;
 
-use crate::datapath::netlink::{is_of_peer, rtnl::NetlinkFd};
+use crate::datapath::netlink::{is_of_peer, socket::NetlinkFd};
 
 const GROUP_NFTABLES: u32 = 7;
 const GROUP_XFRM_SA: u32 = 3;
@@ -54,9 +51,9 @@ type Neighbour = (u32, Ipv4Addr);
 /// Listens in the network namespace of the thread that opened it.
 pub(super) struct Events {
     stopped: UnixStream,
-    nftables: Socket,
-    xfrm: Option<Socket>,
-    routes: Socket,
+    nftables: NetlinkFd,
+    xfrm: Option<NetlinkFd>,
+    routes: NetlinkFd,
     /// Index of the tunnel device.
     tunnel: Arc<AtomicU32>,
     /// Link addresses: states of neighbours come and go without the way changing.
@@ -101,11 +98,11 @@ impl Events {
         let timeout = u16::try_from(timeout.as_micros().div_ceil(1000)).unwrap_or(u16::MAX);
         let mut descriptors = vec![
             PollFd::new(self.stopped.as_fd(), PollFlags::POLLIN),
-            PollFd::new(descriptor(&self.nftables), PollFlags::POLLIN),
-            PollFd::new(descriptor(&self.routes), PollFlags::POLLIN),
+            PollFd::new(self.nftables.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.routes.as_fd(), PollFlags::POLLIN),
         ];
         if let Some(xfrm) = &self.xfrm {
-            descriptors.push(PollFd::new(descriptor(xfrm), PollFlags::POLLIN));
+            descriptors.push(PollFd::new(xfrm.as_fd(), PollFlags::POLLIN));
         }
         if let Err(error) = poll(&mut descriptors, PollTimeout::from(timeout)) {
             if error != nix::errno::Errno::EINTR {
@@ -135,7 +132,7 @@ impl Events {
             .flatten()
         {
             loop {
-                match socket.recv(&mut &mut self.buffer[..], 0) {
+                match socket.0.recv(&mut &mut self.buffer[..], 0) {
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                     // Lost events were events as well.
                     Ok(_) | Err(_) => {}
@@ -149,7 +146,7 @@ impl Events {
         let tunnel = self.tunnel.load(Ordering::Relaxed);
         let mut concerns = false;
         loop {
-            match self.routes.recv(&mut &mut self.buffer[..], 0) {
+            match self.routes.0.recv(&mut &mut self.buffer[..], 0) {
                 Ok(length) => {
                     concerns |= is_way(&mut self.neighbours, tunnel, &self.buffer[..length]);
                 }
@@ -161,21 +158,8 @@ impl Events {
     }
 }
 
-fn listen(protocol: isize, groups: &[u32]) -> io::Result<Socket> {
-    let socket = NetlinkFd(Socket::new(protocol)?);
-    socket.receive_buffer(RECEIVE_BUFFER)?;
-    let NetlinkFd(mut socket) = socket;
-    socket.set_non_blocking(true)?;
-    socket.bind(&SocketAddr::new(0, 0))?;
-    for group in groups {
-        socket.add_membership(*group)?;
-    }
-    Ok(socket)
-}
-
-fn descriptor(socket: &Socket) -> BorrowedFd<'_> {
-    // SAFETY: borrowed for as long as the socket.
-    unsafe { BorrowedFd::borrow_raw(socket.as_raw_fd()) }
+fn listen(protocol: isize, groups: &[u32]) -> io::Result<NetlinkFd> {
+    NetlinkFd::listening(Socket::new(protocol)?, RECEIVE_BUFFER, groups)
 }
 
 /// Can one of these messages change a packet's way?
