@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use lab::{
-    classes::{established, opened, own, poll_status, rush, serve, until_hot},
+    classes::{
+        established, opened, own, poll_status, rush, serve, until_hot, until_own_tables_are_empty,
+    },
     conntrack,
     kube::{CONNECTIONS_PORT, Kube, Side, Via, learned, on, pause},
     paths,
@@ -13,7 +15,6 @@ use lab::{
     policy::{By, Policy},
     scenario::repetitions,
     traffic::connections::{ConnectionsReport, Ending},
-    wait,
 };
 
 /// A rule set's event is dealt with before the command that made it returns.
@@ -60,10 +61,7 @@ fn short_connections_open_by_class_and_leave_nothing_behind() {
                 ensure!(opened > count / 2, "{}", paths::describe(b));
             }
         }
-        wait::until_true("the own tables are empty", Duration::from_secs(15), || {
-            let (one, other) = (own(a)?, own(b)?);
-            Ok(one.live + one.closed + other.live + other.closed == 0)
-        })?;
+        until_own_tables_are_empty([a, b])?;
         for node in [a, b] {
             let census = conntrack::census(node.namespace())?;
             println!("{}: {census:?} {:?}", node.name(), own(node)?);

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use flannel_user::observe::status::Status;
 use lab::{
-    classes::own,
+    classes::{own, until_own_tables_are_empty},
     cluster::introduce,
     conntrack::{self, Census, alive},
     kube::{CONNECTIONS_PORT, Kube, Side, Via, on, pause},
@@ -20,9 +20,6 @@ use lab::{
     },
     wait,
 };
-
-/// How long own tables may take to be empty.
-const EMPTY: Duration = Duration::from_secs(15);
 
 /// What is left when all connections are over.
 #[derive(Debug)]
@@ -129,10 +126,7 @@ fn share(kube: &Kube, settings: Settings) -> Result<Left> {
             paths::describe(a),
             paths::describe(b)
         );
-        wait::until_true("the own tables are empty", EMPTY, || {
-            let (one, other) = (own(a)?, own(b)?);
-            Ok(one.live + one.closed + other.live + other.closed == 0)
-        })?;
+        until_own_tables_are_empty([a, b])?;
         println!("{:?}\n{:?}", own(a)?, own(b)?);
     }
     let sockets = conntrack::sockets(kube.server().namespace())?;

@@ -17,7 +17,7 @@ use lab::{
     wait,
 };
 
-use lab::classes::{established, opened, own, serve};
+use lab::classes::{established, opened, own, serve, until_own_tables_are_empty};
 
 /// SYNs that may bypass in each second, and in the one that has begun.
 const PER_SECOND: u64 = 256;
@@ -146,11 +146,7 @@ fn under_flood(kube: &Kube, answers: Answers) -> Result<Fared> {
     }
     drop((load, servers));
     if is_by_class {
-        wait::until_true("the own tables are empty", Duration::from_secs(15), || {
-            let (one, other) = (own(a)?, own(b)?);
-            Ok(one.live + one.closed + other.live + other.closed == 0)
-        })
-        .with_context(|| format!("{:?} {:?}", own(a), own(b)))?;
+        until_own_tables_are_empty([a, b])?;
     }
     Ok(Fared { before, under })
 }

@@ -23,7 +23,7 @@ use lab::{
     wait,
 };
 
-use lab::classes::{opened, own};
+use lab::classes::{opened, until_own_tables_are_empty};
 
 /// `kept-serve`.
 pub(super) const KEPT_PORT: u16 = 6300;
@@ -232,11 +232,7 @@ fn happen(kube: &Kube) -> Result<Ended> {
     }
     drop(server);
     if kube.side() == Side::Classes {
-        wait::until_true("the own tables are empty", Duration::from_secs(15), || {
-            let (one, other) = (own(a)?, own(b)?);
-            Ok(one.live + one.closed + other.live + other.closed == 0)
-        })
-        .with_context(|| format!("{:?} {:?}", own(a), own(b)))?;
+        until_own_tables_are_empty([a, b])?;
     }
     // A reset that conntrack believes only in part leaves its state, with ten seconds to live.
     pause(12.0);
@@ -366,10 +362,7 @@ fn lose(side: Side) -> Vec<f64> {
             took.push(client.seconds);
         }
         if side == Side::Classes {
-            wait::until_true("the own tables are empty", Duration::from_secs(15), || {
-                let (one, other) = (own(a)?, own(b)?);
-                Ok(one.live + one.closed + other.live + other.closed == 0)
-            })?;
+            until_own_tables_are_empty([a, b])?;
         }
         for node in [a, b] {
             let census = conntrack::census(node.namespace())?;

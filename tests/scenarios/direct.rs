@@ -1,11 +1,9 @@
 //! `--fast-path direct`: TCP between pods bypasses the stack from its SYN on, and whatever lives
 //! on or comes back is in connection tracking as if it had been there all along.
 
-use std::time::Duration;
-
 use anyhow::{Result, ensure};
 use lab::{
-    classes::own,
+    classes::{own, until_own_tables_are_empty},
     closing::{Left, forget_resets_after, in_every_orderly_way},
     conntrack::Census,
     kube::{CONNECTIONS_PORT, Kube, SERVICE, Side, Via, on, pause},
@@ -13,7 +11,6 @@ use lab::{
     scenario::{repetitions, scenario},
     task::Task,
     traffic::connections::{ConnectionsReport, Ending},
-    wait,
 };
 
 /// Seconds that an entry stays after a reset.
@@ -34,10 +31,7 @@ fn close_in_every_way(kube: &Kube, via: Via) -> Result<Left> {
             "only {opened} connections bypassed from their SYN on\n{}",
             lab::paths::describe(b)
         );
-        wait::until_true("the own tables are empty", Duration::from_secs(15), || {
-            let (one, other) = (own(a)?, own(b)?);
-            Ok(one.live + one.closed + other.live + other.closed == 0)
-        })?;
+        until_own_tables_are_empty([a, b])?;
         println!("{:?}\n{:?}", own(a)?, own(b)?);
     }
     pause(f64::from(AFTER_RESET) + 1.0);

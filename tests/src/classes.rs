@@ -91,6 +91,18 @@ pub fn until_hot(kube: &Kube) -> Result<()> {
     })
 }
 
+/// Waits until no own connection is left on the nodes, live or over.
+///
+/// # Errors
+/// When some stay for 15 s, with what the nodes hold.
+pub fn until_own_tables_are_empty(nodes: [&Node; 2]) -> Result<()> {
+    wait::until_true("the own tables are empty", Duration::from_secs(15), || {
+        let [one, other] = nodes.map(|node| own(node).map(|own| own.live + own.closed));
+        Ok(one? + other? == 0)
+    })
+    .with_context(|| format!("{:?}", nodes.map(own)))
+}
+
 /// The agent's answer.
 #[derive(Deserialize)]
 #[serde(rename_all = "lowercase")]
