@@ -104,6 +104,28 @@ fn an_old_entry_becomes_the_new_connection() {
 }
 
 #[test]
+fn what_has_become_of_a_connection_is_written_over_it() {
+    in_new_namespace(|| async {
+        let mut table = ConntrackTable::open().expect("a socket");
+        let lives = Entry::established(tuple(40_000), ESTABLISHED_SECONDS);
+        inserted(&mut table, lives.clone());
+        let over = Entry {
+            state: TcpState::Close,
+            timeout: 10,
+            ..lives
+        };
+        // The last one as if it had not been answered, which the kernel does not write over.
+        for now in [over, Entry::half_open(tuple(40_000), 60)] {
+            let results = table.update(std::slice::from_ref(&now));
+            assert!(matches!(results[..], [Ok(())]), "{results:?}");
+            let read = table.get(&now.original).expect("an answer");
+            let read = read.map(|entry| (entry.state, entry.timeout <= now.timeout));
+            assert_eq!(read, Some((now.state, true)));
+        }
+    });
+}
+
+#[test]
 fn what_is_deleted_is_gone_and_what_was_not_there_is_said() {
     in_new_namespace(|| async {
         let mut table = ConntrackTable::open().expect("a socket");

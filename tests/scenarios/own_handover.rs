@@ -103,10 +103,11 @@ fn under_live_connections(side: Side, mut disturb: impl FnMut(&mut Kube, u32) ->
             met[met.len() - 1],
             at_once() * 3
         );
-        // Those of the last second are handed over when their time has come.
+        // Those of the last second are handed over when their time has come. Conntrack takes the
+        // ends of all for what they are: one that it doubted would stay for ten seconds.
         wait::until_true(
             "nothing is left in conntrack",
-            Duration::from_secs(15),
+            Duration::from_secs(8),
             || Ok(left(&kube)?.is_empty()),
         )
         .with_context(|| format!("{:?}", left(&kube)))

@@ -13,7 +13,7 @@ mod entry;
 use std::io;
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
@@ -109,38 +109,51 @@ impl ConntrackTable {
         })
     }
 
-    /// Writes entries, one result each. An entry with the same tuple (an old connection that is
-    /// over) becomes the new one.
+    /// Writes entries of new connections, one result each. An entry of the same tuple makes way:
+    /// it is of an older connection, whose sequence numbers conntrack would go on to compare with.
     pub fn insert(&mut self, entries: &[Entry]) -> Vec<Result<(), TableError>> {
-        let mut results = self.write(entries.iter());
-        // The kernel does not take ASSURED from an entry: the old one must go first.
-        let refused: Vec<usize> = (0..results.len())
-            .filter(|index| {
-                results[*index]
-                    .as_ref()
-                    .is_err_and(|error| error.errno() == libc::EBUSY)
-            })
-            .collect();
-        if !refused.is_empty() {
-            let old: Vec<Tuple> = refused.iter().map(|one| entries[*one].original).collect();
-            // What cannot be deleted is refused once more.
-            self.delete(&old);
-            let again = self.write(refused.iter().map(|one| &entries[*one]));
-            for (index, result) in refused.into_iter().zip(again) {
-                results[index] = result;
-            }
-        }
+        let mut results = self.write(entries.iter(), NLM_F_EXCL);
+        self.replace(entries, &mut results, libc::EEXIST);
         results
     }
 
+    /// Writes what has become of connections, one result each, whether there is an entry or not.
+    pub fn update(&mut self, entries: &[Entry]) -> Vec<Result<(), TableError>> {
+        let mut results = self.write(entries.iter(), 0);
+        // The kernel does not take ASSURED from an entry: the old one must go first.
+        self.replace(entries, &mut results, libc::EBUSY);
+        results
+    }
+
+    /// Once more, without what was there, for those that were refused by error number `refusal`.
+    fn replace(&mut self, entries: &[Entry], results: &mut [Result<(), TableError>], refusal: i32) {
+        let is_refused = |result: &Result<_, TableError>| {
+            result.as_ref().is_err_and(|error| error.errno() == refusal)
+        };
+        let refused: Vec<usize> = (0..results.len())
+            .filter(|index| is_refused(&results[*index]))
+            .collect();
+        if refused.is_empty() {
+            return;
+        }
+        let old: Vec<Tuple> = refused.iter().map(|one| entries[*one].original).collect();
+        // What cannot be deleted is refused once more.
+        self.delete(&old);
+        let again = self.write(refused.iter().map(|one| &entries[*one]), 0);
+        for (index, result) in refused.into_iter().zip(again) {
+            results[index] = result;
+        }
+    }
+
+    /// Without `NLM_F_EXCL` an entry that is there is changed.
     fn write<'a>(
         &mut self,
         entries: impl Iterator<Item = &'a Entry>,
+        exclusive: u16,
     ) -> Vec<Result<(), TableError>> {
-        // Without NLM_F_EXCL: an entry that is there is changed.
         self.ask(
             entries.map(|entry| ConntrackMessage::New(entry.attributes())),
-            NLM_F_CREATE | NLM_F_ACK,
+            NLM_F_CREATE | NLM_F_ACK | exclusive,
         )
         .into_iter()
         .map(|answer| answer.map(drop))

@@ -227,7 +227,7 @@ impl Exchange {
             }
         }
         if let Some(conntrack) = &mut self.conntrack {
-            for result in conntrack.insert(&corrections) {
+            for result in conntrack.update(&corrections) {
                 if let Err(error) = result {
                     debug!(%error, "conntrack refused a correction");
                 }
