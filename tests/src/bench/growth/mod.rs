@@ -128,29 +128,33 @@ pub fn measure(
         curves.extend(packets::subnets(&chosen, subnets, pace)?);
     }
     if selection.part(Part::GrowthOfFlows) {
-        curves.extend(packets::flows(&chosen, &bearable(flows)?, pace)?);
+        let most = most_flows()?;
+        let room = room_of(most);
+        let (fit, too_many) = within(flows, room);
+        for count in too_many {
+            println!(
+                "{count} flows are left out: net.netfilter.nf_conntrack_max is {most} on this machine"
+            );
+        }
+        curves.extend(packets::flows(&chosen, &fit, room, pace)?);
     }
     Ok(curves)
 }
 
-/// Those that conntrack has room for: one more flow and packets are lost.
-fn bearable(flows: &[u32]) -> Result<Vec<u32>> {
-    let room: u32 = fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_max")
-        .context("conntrack is not there")?
-        .trim()
-        .parse()?;
-    let (fit, too_many) = within(flows, room);
-    for count in too_many {
-        println!(
-            "{count} flows are left out: net.netfilter.nf_conntrack_max is {room} on this machine"
-        );
-    }
-    Ok(fit)
+/// Flows that conntrack holds on each node: with one more, packets are lost.
+fn most_flows() -> Result<u32> {
+    let most = fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_max")
+        .context("conntrack is not there")?;
+    Ok(most.trim().parse()?)
+}
+
+/// Of which probes may take so many: the agents and other traffic need some, too.
+const fn room_of(most: u32) -> u32 {
+    most / 4 * 3
 }
 
 fn within(flows: &[u32], room: u32) -> (Vec<u32>, Vec<u32>) {
-    // Other probes and the agents need some, too.
-    flows.iter().partition(|count| **count <= room / 4 * 3)
+    flows.iter().partition(|count| **count <= room)
 }
 
 #[cfg(test)]
@@ -173,7 +177,7 @@ mod tests {
     #[test]
     fn no_more_flows_than_conntrack_holds() {
         assert_eq!(
-            within(&[1000, 190_000, 1_000_000], 262_144),
+            within(&[1000, 190_000, 1_000_000], room_of(262_144)),
             (vec![1000, 190_000], vec![1_000_000])
         );
     }

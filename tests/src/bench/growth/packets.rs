@@ -133,24 +133,30 @@ fn has_peers(node: &Node, count: usize, begin: Instant) -> Result<bool> {
     }
 }
 
-/// Transactions per second among each of `sizes` flows, one after the other in no order.
+/// Transactions per second among each of `sizes` flows, one after the other in no order. Conntrack
+/// has room for `room` at a time.
 ///
 /// # Errors
 /// When a datagram is lost, or packets take another path.
-pub(super) fn flows(sides: &[&Side], sizes: &[u32], pace: Pace) -> Result<Vec<Curve>> {
+pub(super) fn flows(sides: &[&Side], sizes: &[u32], room: u32, pace: Pace) -> Result<Vec<Curve>> {
     let mut points = Points::over("flows");
-    let stages = sides
+    let mut stages = sides
         .iter()
-        .map(|side| Stage::set(side))
+        .map(|side| Ok((Stage::set(side)?, 0)))
         .collect::<Result<Vec<_>>>()?;
     for size in sizes {
         let mut rates = vec![Vec::new(); stages.len()];
         for _ in 0..ROUNDS {
-            for (stage, rates) in stages.iter().zip(&mut rates) {
+            for (((stage, held), side), rates) in stages.iter_mut().zip(sides).zip(&mut rates) {
+                // Flows of earlier rounds stay for minutes. A full table loses packets.
+                if *held + size > room {
+                    (*stage, *held) = (Stage::set(side)?, 0);
+                }
+                *held += size;
                 rates.push(among(stage, *size, pace)?);
             }
         }
-        for (stage, rates) in stages.iter().zip(&rates) {
+        for ((stage, _), rates) in stages.iter().zip(&rates) {
             points.add("udp_rr", &stage.side.name, "1/s", *size, rates)?;
         }
     }
