@@ -84,7 +84,7 @@ fn an_old_entry_becomes_the_new_connection() {
         };
         for new in [
             Entry::established(tuple(40_000), ESTABLISHED_SECONDS),
-            // The kernel does not change this one: ASSURED never goes.
+            // Not even ASSURED is left of the old one.
             Entry::half_open(tuple(40_000), 60),
         ] {
             inserted(&mut table, over.clone());

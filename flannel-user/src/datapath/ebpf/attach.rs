@@ -1,10 +1,8 @@
 //! Which program sits where.
 //!
 //! tcx (Linux 6.6 and later): one pinned link per place; the link survives
-//! the agent and its program is swapped atomically ([`super::tcx`]). Older kernels: a filter at
-//! a clsact qdisc with a priority and handle of our own, which stays by itself;
-//! replacing it is atomic too. The qdisc is left in place when we go: adding
-//! and removing it loses packets.
+//! the agent and its program is swapped atomically ([`super::tcx`]). Older kernels: filters at
+//! clsact qdiscs ([`super::clsact`]).
 
 use std::{
     collections::BTreeMap,

@@ -1,5 +1,6 @@
 //! Filters at clsact qdiscs, for kernels without tcx: a priority and handle of our own, behind
-//! those of others. A filter stays by itself, and its program is swapped in one step.
+//! those of others. A filter stays by itself, and its program is swapped in one step. The qdisc is
+//! left in place when we go: adding and removing it loses packets.
 
 use anyhow::Context as _;
 use aya::programs::{

@@ -128,27 +128,29 @@ pub fn measure(
         curves.extend(packets::subnets(&chosen, subnets, pace)?);
     }
     if selection.part(Part::GrowthOfFlows) {
-        let most = most_flows()?;
-        let room = room_of(most);
-        let (fit, too_many) = within(flows, room);
-        for count in too_many {
-            println!(
-                "{count} flows are left out: net.netfilter.nf_conntrack_max is {most} on this machine"
-            );
-        }
-        curves.extend(packets::flows(&chosen, &fit, room, pace)?);
+        let (flows, room) = bearable(flows)?;
+        curves.extend(packets::flows(&chosen, &flows, room, pace)?);
     }
     Ok(curves)
 }
 
-/// Flows that conntrack holds on each node: with one more, packets are lost.
-fn most_flows() -> Result<u32> {
-    let most = fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_max")
-        .context("conntrack is not there")?;
-    Ok(most.trim().parse()?)
+/// Those that conntrack has room for, and for how many it has: with more, packets are lost.
+fn bearable(flows: &[u32]) -> Result<(Vec<u32>, u32)> {
+    let most: u32 = fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_max")
+        .context("conntrack is not there")?
+        .trim()
+        .parse()?;
+    let room = room_of(most);
+    let (fit, too_many) = within(flows, room);
+    for count in too_many {
+        println!(
+            "{count} flows are left out: net.netfilter.nf_conntrack_max is {most} on this machine"
+        );
+    }
+    Ok((fit, room))
 }
 
-/// Of which probes may take so many: the agents and other traffic need some, too.
+/// Of so many connections in all: other probes and the agents need some, too.
 const fn room_of(most: u32) -> u32 {
     most / 4 * 3
 }

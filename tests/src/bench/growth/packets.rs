@@ -147,10 +147,10 @@ pub(super) fn flows(sides: &[&Side], sizes: &[u32], room: u32, pace: Pace) -> Re
     for size in sizes {
         let mut rates = vec![Vec::new(); stages.len()];
         for _ in 0..ROUNDS {
-            for (((stage, held), side), rates) in stages.iter_mut().zip(sides).zip(&mut rates) {
+            for ((stage, held), rates) in stages.iter_mut().zip(&mut rates) {
                 // Flows of earlier rounds stay for minutes. A full table loses packets.
                 if *held + size > room {
-                    (*stage, *held) = (Stage::set(side)?, 0);
+                    (*stage, *held) = (Stage::set(&stage.side)?, 0);
                 }
                 *held += size;
                 rates.push(among(stage, *size, pace)?);
