@@ -240,9 +240,7 @@ impl Reconciler {
 
     /// Which parts an event concerns.
     fn affected(&mut self, event: &KernelEvent) -> Dirty {
-        if matches!(event, KernelEvent::Neighbours { fdb: true, origin, .. } if origin.port == 0)
-            && self.netlink.takes_echo()
-        {
+        if self.netlink.takes_echo(event) {
             return Dirty::default();
         }
         let dirty = concerns(event, self.device.index, self.netlink.port());

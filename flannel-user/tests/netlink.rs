@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use flannel_user::{
     datapath::{
-        kernel_events::{KernelEvent, listen},
+        kernel_events::{KernelEvent, Origin, listen},
         netlink::{DeviceError, DeviceSpec, NetlinkDatapath, PassError},
     },
     mac::MacAddr,
@@ -381,11 +381,21 @@ fn a_peer_may_change_its_mac_and_its_address() {
 #[test]
 fn peers_that_come_and_go_are_followed_without_a_look() {
     in_new_namespace(|| async {
-        let (mut datapath, _) = start(&uplink(1500)).await;
+        let (mut datapath, device) = start(&uplink(1500)).await;
+        let origin = Origin {
+            namespace: None,
+            port: 0,
+        };
+        let of_fdb = KernelEvent::Neighbours {
+            origin,
+            index: device.index,
+            fdb: true,
+            removed: false,
+        };
         let unknown = datapath.follow(&news(&[], PEERS)).await;
         assert!(unknown.is_none(), "nothing is known before the first pass");
         settle(&mut datapath, &table(PEERS)).await;
-        while datapath.takes_echo() {}
+        tokio::time::sleep(Duration::from_millis(250)).await;
 
         let third = ("10.244.3.0/24", "192.168.50.4", "02:11:22:33:44:77");
         let three = [PEERS[0], PEERS[1], third];
@@ -394,12 +404,12 @@ fn peers_that_come_and_go_are_followed_without_a_look() {
         assert_eq!((pass.installed, pass.removed, pass.repaired), (3, 0, 0));
         assert_peers_are_programmed(&three);
         // One FDB entry was set: one event of it is our own, and only for a moment.
-        assert!(datapath.takes_echo() && !datapath.takes_echo());
+        assert!(datapath.takes_echo(&of_fdb) && !datapath.takes_echo(&of_fdb));
         let pass = datapath.follow(&news(&three, &three[1..])).await;
         assert_eq!(pass.expect("followed").removed, 3);
         assert_peers_are_programmed(&three[1..]);
         tokio::time::sleep(Duration::from_millis(250)).await;
-        assert!(!datapath.takes_echo());
+        assert!(!datapath.takes_echo(&of_fdb));
         assert!(datapath.reconcile(&table(&three[1..])).await.is_quiet());
 
         // A known peer by another way: entry by entry what changed, and nothing of the old.
@@ -511,6 +521,37 @@ fn the_events_of_a_pass_are_told_apart_from_others() {
             strangers.iter().all(|(_, port)| *port != own),
             "{strangers:?}"
         );
+    });
+}
+
+#[test]
+fn no_event_of_a_change_that_was_followed_asks_for_a_look() {
+    in_new_namespace(|| async {
+        let (mut datapath, device) = start(&uplink(1500)).await;
+        let index = device.index;
+        let on_device = move |event: &KernelEvent| matches!(event, KernelEvent::Neighbours { index: told, .. } if *told == index);
+        settle(&mut datapath, &table(PEERS)).await;
+        tokio::time::sleep(Duration::from_millis(250)).await;
+        let mut heard = listen(Some(datapath.port()), on_device).expect("a listener");
+        for (before, after, neighbour_gone) in
+            [(PEERS, &PEERS[1..], true), (&PEERS[1..], PEERS, false)]
+        {
+            let pass = datapath.follow(&news(before, after)).await;
+            assert_eq!(pass.expect("followed").errors.len(), 0);
+            let mut told = Vec::new();
+            while let Ok(Some(event)) =
+                tokio::time::timeout(Duration::from_millis(100), heard.recv()).await
+            {
+                assert!(datapath.takes_echo(&event), "{event:?}");
+                told.push(matches!(event, KernelEvent::Neighbours { fdb: false, .. }));
+            }
+            // Otherwise nothing was tested.
+            assert!(told.contains(&false));
+            assert_eq!(told.contains(&true), neighbour_gone);
+        }
+        run("ip neigh del 10.244.1.0 dev flannel.1");
+        let event = heard.recv().await.expect("a stranger's change is told");
+        assert!(!datapath.takes_echo(&event), "{event:?}");
     });
 }
 

@@ -1,11 +1,11 @@
 //! Carries out a plan, in its order.
 
-use std::{collections::BTreeSet, net::Ipv4Addr, time::Instant};
+use std::{collections::BTreeSet, net::Ipv4Addr};
 
 use tracing::info;
 
 use super::{
-    Device, ECHO, Entries, Entry, NetlinkDatapath, Pass, PassError, RtnlError, plan::Plan,
+    Device, Echo, Entries, Entry, NetlinkDatapath, Pass, PassError, RtnlError, plan::Plan,
 };
 
 impl NetlinkDatapath {
@@ -65,7 +65,7 @@ impl NetlinkDatapath {
     ) -> Result<Vec<(Entry, RtnlError)>, RtnlError> {
         let requests = entries.iter().map(|entry| entry.set(device)).collect();
         let failures = self.rtnl.batch(requests).await?;
-        self.expect_echoes(&entries, failures.len());
+        self.expect_echoes(&entries, Entry::echo_of_setting, failures.len());
         let repaired = entries
             .iter()
             .filter(|entry| self.programmed.has(entry))
@@ -82,15 +82,13 @@ impl NetlinkDatapath {
         Ok(refused)
     }
 
-    fn expect_echoes(&mut self, entries: &[Entry], failures: usize) {
-        let fdb = entries.iter().filter(|e| matches!(e, Entry::Fdb(..)));
-        let now = Instant::now();
-        if now > self.echoes_end {
-            self.echoes = 0;
+    /// Rather one look too many than one too few: any failure may have been of these.
+    fn expect_echoes(&mut self, entries: &[Entry], of: fn(&Entry) -> Option<Echo>, failed: usize) {
+        for kind in [Echo::Fdb, Echo::NeighbourGone] {
+            let caused = entries.iter().filter(|entry| of(entry) == Some(kind));
+            self.echoes
+                .expect(kind, caused.count().saturating_sub(failed));
         }
-        // Rather one look too many than one too few.
-        self.echoes += fdb.count().saturating_sub(failures);
-        self.echoes_end = now + ECHO;
     }
 
     /// Deletes every entry and counts it; one that is gone already is as good as deleted.
@@ -102,7 +100,7 @@ impl NetlinkDatapath {
     ) -> Result<(), RtnlError> {
         let requests = entries.iter().map(|entry| entry.delete(device)).collect();
         let failures = self.rtnl.batch(requests).await?;
-        self.expect_echoes(&entries, failures.len());
+        self.expect_echoes(&entries, Entry::echo_of_deletion, failures.len());
         pass.removed += entries.len() - failures.len();
         for (position, source) in failures {
             if !source.is_gone() {
@@ -134,6 +132,20 @@ fn bases(refused: &[(Entry, RtnlError)]) -> BTreeSet<Ipv4Addr> {
             _ => None,
         })
         .collect()
+}
+
+impl Entry {
+    fn echo_of_setting(&self) -> Option<Echo> {
+        matches!(self, Self::Fdb(..)).then_some(Echo::Fdb)
+    }
+
+    fn echo_of_deletion(&self) -> Option<Echo> {
+        match self {
+            Self::Fdb(..) => Some(Echo::Fdb),
+            Self::Neighbour(..) => Some(Echo::NeighbourGone),
+            Self::NextHop(..) | Self::Route(..) => None,
+        }
+    }
 }
 
 impl Entries {

@@ -7,6 +7,7 @@
 
 mod apply;
 mod device;
+mod echoes;
 mod entries;
 mod kernel;
 pub(in crate::datapath) mod next_hop_object;
@@ -14,10 +15,9 @@ mod plan;
 pub mod rtnl;
 pub(crate) mod socket;
 
-use std::time::{Duration, Instant};
-
 pub(in crate::datapath) use device::local_address;
 pub use device::{Device, DeviceError, DeviceSpec};
+use echoes::{Echo, Echoes};
 pub use entries::{Conflict, Entries, Form};
 pub use kernel::Entry;
 pub use next_hop_object::is_of_peer;
@@ -25,10 +25,8 @@ use plan::Plan;
 pub use rtnl::{Rtnl, RtnlError};
 use tracing::{debug, warn};
 
+use super::kernel_events::KernelEvent;
 use crate::forwarding::{Changes, ForwardingTable};
-
-/// How long after an own change of the FDB its event may come.
-const ECHO: Duration = Duration::from_millis(200);
 
 /// What a pass could not do.
 #[derive(Debug, thiserror::Error)]
@@ -109,10 +107,8 @@ pub struct NetlinkDatapath {
     settled: bool,
     /// Routes can go through next hop objects.
     kernel_has_objects: bool,
-    /// Events that own changes of the FDB cause, and until when they are waited for: unlike
-    /// all others they do not name this socket.
-    echoes: usize,
-    echoes_end: Instant,
+    /// Events of own changes that do not name this socket.
+    echoes: Echoes,
 }
 
 impl NetlinkDatapath {
@@ -128,8 +124,7 @@ impl NetlinkDatapath {
             programmed: Entries::default(),
             settled: false,
             kernel_has_objects: false,
-            echoes: 0,
-            echoes_end: Instant::now(),
+            echoes: Echoes::none(),
         })
     }
 
@@ -177,21 +172,18 @@ impl NetlinkDatapath {
         self.spec.as_ref()
     }
 
-    /// The netlink port under which this datapath's own changes appear in kernel events
-    /// (FDB changes appear under port 0).
+    /// The netlink port under which most of this datapath's own changes appear in kernel events;
+    /// for the others see [`Self::takes_echo`].
     #[must_use]
     pub fn port(&self) -> u32 {
         self.rtnl.port()
     }
 
-    /// Takes one event of the FDB as caused by this datapath, if it may be.
-    pub fn takes_echo(&mut self) -> bool {
-        if self.echoes == 0 || Instant::now() > self.echoes_end {
-            self.echoes = 0;
-            return false;
-        }
-        self.echoes -= 1;
-        true
+    /// Takes an event that does not name its cause as caused by this datapath, if it may be.
+    pub fn takes_echo(&mut self, event: &KernelEvent) -> bool {
+        let device = self.device.as_ref().map(|device| device.index);
+        let kind = device.and_then(|device| Echo::of(event, device));
+        kind.is_some_and(|kind| self.echoes.take(kind))
     }
 
     /// Carries out `changes` of the table since the last pass, without a look at what the
@@ -281,8 +273,8 @@ impl NetlinkDatapath {
                 wanted.routes.extend(plan.routes.iter().copied());
                 self.programmed = wanted.without_failures(&pass.errors);
             }
-            // Events of the FDB entries wait until this is over.
-            self.echoes_end = Instant::now() + ECHO;
+            // Events wait until this is over.
+            self.echoes.wait_longer();
             debug!(
                 installed = pass.installed,
                 removed = pass.removed,
