@@ -18,6 +18,7 @@ use std::{
 use anyhow::{Result, ensure};
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
+use socket2::{Domain, Socket, Type};
 
 use super::{epoll, pattern, ready, socket, socket::is_timeout, told_to_finish};
 
@@ -108,6 +109,10 @@ pub struct ClientArgs {
     /// Bytes of each response; as many when missing.
     #[arg(long)]
     response: Option<u32>,
+    /// Source port of the first connection; each further one has the next. By default the kernel
+    /// chooses, and now and then a connection has the ports of one that ended.
+    #[arg(long)]
+    first_port: Option<u16>,
     /// Seconds of idleness before the last exchange.
     #[arg(long, default_value_t = 0.0)]
     idle: f64,
@@ -376,10 +381,12 @@ pub fn client(args: &ClientArgs) -> Result<ConnectionsReport> {
             thread::Builder::new()
                 .stack_size(STACK)
                 .spawn_scoped(scope, || {
-                    while next.fetch_add(1, Ordering::Relaxed) < args.count
-                        && !finish.load(Ordering::Relaxed)
-                    {
-                        run_one(args, &tally, &held);
+                    loop {
+                        let number = next.fetch_add(1, Ordering::Relaxed);
+                        if number >= args.count || finish.load(Ordering::Relaxed) {
+                            break;
+                        }
+                        run_one(args, number, &tally, &held);
                     }
                 })?;
         }
@@ -396,10 +403,21 @@ pub fn client(args: &ClientArgs) -> Result<ConnectionsReport> {
     Ok(report)
 }
 
-fn run_one(args: &ClientArgs, tally: &Tally, held: &Mutex<Vec<TcpStream>>) {
-    Tally::count(&tally.begun);
+/// Connects from the port of connection `number`.
+fn connect(args: &ClientArgs, number: u64) -> io::Result<TcpStream> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    if let Some(first) = args.first_port {
+        let port = u16::try_from(u64::from(first) + number).map_err(io::Error::other)?;
+        socket.bind(&SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port).into())?;
+    }
     let patience = Duration::from_secs_f64(args.patience);
-    let connection = match TcpStream::connect_timeout(&args.to.into(), patience) {
+    socket.connect_timeout(&args.to.into(), patience)?;
+    Ok(socket.into())
+}
+
+fn run_one(args: &ClientArgs, number: u64, tally: &Tally, held: &Mutex<Vec<TcpStream>>) {
+    Tally::count(&tally.begun);
+    let connection = match connect(args, number) {
         Ok(connection) => connection,
         Err(error) => {
             Tally::count(&tally.failed);
