@@ -81,7 +81,7 @@ pub struct ServeArgs {
     #[arg(long, default_value_t = 6200)]
     port: u16,
     /// Seconds after which a silent client is given up.
-    #[arg(long, default_value_t = 10.0)]
+    #[arg(long, default_value_t = 60.0)]
     patience: f64,
 }
 
