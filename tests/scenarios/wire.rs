@@ -97,7 +97,7 @@ fn one_tcp_connection_has_one_outer_header_whoever_sends_it() {
             server.at(6000)
         ))?;
         switch_a_few_times(a)?;
-        let _: lab::traffic::request_response::RrReport = asking.result()?;
+        let _: lab::traffic::timing::AskReport = asking.result()?;
         drop(answering);
         let packets = capture.stop()?;
         let flow: Vec<&VxlanPacket> = packets

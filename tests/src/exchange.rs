@@ -16,9 +16,10 @@ use crate::{
     traffic::{
         datagrams::{ReceiveReport, SendReport},
         pinger::{EchoReport, PingReport},
-        request_response::{Protocol, RrReport, ServeReport},
+        request_response::{Protocol, ServeReport},
         route::RouteReport,
         stream::StreamReport,
+        timing::AskReport,
     },
     wait,
 };
@@ -390,9 +391,9 @@ pub fn request_response(
     protocol: Protocol,
     seconds: f64,
     cpu: usize,
-) -> Result<RrReport> {
+) -> Result<AskReport> {
     let common = format!("--protocol {} --cpu {cpu}", protocol.name());
-    let (report, served): (RrReport, ServeReport) = Ends::start(
+    let (report, served): (AskReport, ServeReport) = Ends::start(
         from,
         (to, target),
         &format!("rr-serve {common}"),

@@ -4,7 +4,7 @@
 //! its end. Closing its standard input asks it to finish.
 
 use std::{
-    io::{BufRead, BufReader, Lines},
+    io::{BufRead, BufReader, Lines, Write},
     process::{Child, ChildStdout, Stdio},
     time::Duration,
 };
@@ -62,6 +62,18 @@ impl Task {
     /// When it cannot be asked.
     pub fn has_ended(&mut self) -> Result<bool> {
         Ok(self.child.try_wait()?.is_some())
+    }
+
+    /// Writes a line to the tool's standard input.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn tell(&mut self, line: &str) -> Result<()> {
+        let input = self.child.stdin.as_mut();
+        let input = input.with_context(|| format!("{} was asked to finish", self.what))?;
+        // One call: the tool wakes once.
+        let told = input.write_all(format!("{line}\n").as_bytes());
+        told.with_context(|| format!("{} has ended (its reason is above)", self.what))
     }
 
     /// Waits for the next line of a tool that reports more than once.

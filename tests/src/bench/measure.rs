@@ -26,18 +26,25 @@ impl Target {
 /// What the traffic is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Traffic {
-    /// A request, a response, again; both ends on one CPU.
-    RequestResponse(Protocol),
-    /// A connection for every request; both ends on one CPU.
-    Connections,
-    /// A new UDP flow for every request; both ends on one CPU.
-    FirstPacket,
+    /// Requests, each after the response to the one before; both ends on one CPU.
+    Asked(Asked),
     /// Datagrams of this size one way, each end on a CPU of its own.
     Flood(usize),
     /// So many TCP streams by iperf3, each end on a CPU of its own.
     Streams(u8),
     /// Requests and responses of many flows of one process.
     Many(Many),
+}
+
+/// How each request gets to the server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asked {
+    /// As those before it.
+    InOneFlow(Protocol),
+    /// By a TCP connection of its own.
+    ByConnections,
+    /// As the first datagram of a UDP flow of its own.
+    ByFirstPackets,
 }
 
 /// Many flows at a time.
@@ -130,8 +137,8 @@ impl Traffic {
     #[must_use]
     pub const fn figures(self) -> &'static [Figure] {
         match self {
-            Self::RequestResponse(_) | Self::Connections => &LATENCIES,
-            Self::FirstPacket => &FIRST,
+            Self::Asked(Asked::InOneFlow(_) | Asked::ByConnections) => &LATENCIES,
+            Self::Asked(Asked::ByFirstPackets) => &FIRST,
             Self::Flood(_) => &FLOOD,
             Self::Streams(_) => &STREAMS,
             Self::Many(_) => &MANY,
@@ -194,10 +201,16 @@ const fn in_turn(name: &'static str, flows: u32, seconds: u32) -> Probe {
 
 /// All of them, in the order in which they run.
 pub const PROBES: [Probe; 17] = [
-    quick_service(probe("tcp_rr", Traffic::RequestResponse(Protocol::Tcp))),
-    quick(probe("udp_rr", Traffic::RequestResponse(Protocol::Udp))),
-    quick_service(probe("tcp_crr", Traffic::Connections)),
-    quick(probe("first_packet", Traffic::FirstPacket)),
+    quick_service(probe(
+        "tcp_rr",
+        Traffic::Asked(Asked::InOneFlow(Protocol::Tcp)),
+    )),
+    quick(probe(
+        "udp_rr",
+        Traffic::Asked(Asked::InOneFlow(Protocol::Udp)),
+    )),
+    quick_service(probe("tcp_crr", Traffic::Asked(Asked::ByConnections))),
+    quick(probe("first_packet", Traffic::Asked(Asked::ByFirstPackets))),
     quick(probe("udp_64", Traffic::Flood(64))),
     probe("udp_1400", Traffic::Flood(1400)),
     quick(probe("tcp_stream", Traffic::Streams(1))),
@@ -236,10 +249,10 @@ pub fn is_checked(measure: &str) -> bool {
         .iter()
         .filter(|probe| probe.offloads == Offloads::Veth)
         .any(|probe| match probe.traffic {
-            Traffic::RequestResponse(_) | Traffic::Connections => {
+            Traffic::Asked(Asked::InOneFlow(_) | Asked::ByConnections) => {
                 measure.strip_suffix("_p50") == Some(probe.name)
             }
-            Traffic::FirstPacket => measure == probe.name,
+            Traffic::Asked(Asked::ByFirstPackets) => measure == probe.name,
             Traffic::Flood(_) | Traffic::Streams(_) | Traffic::Many(_) => false,
         })
 }

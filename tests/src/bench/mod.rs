@@ -24,6 +24,7 @@ pub mod select;
 pub mod side;
 pub mod stage;
 pub mod stats;
+mod turns;
 
 use std::{
     fs,

@@ -11,9 +11,10 @@ use serde::Deserialize;
 
 use super::{
     cpu,
-    measure::{Many, Probe, Target, Traffic},
-    proof::Flows,
-    stage::{Passed, Port, Stage},
+    measure::{Asked, Many, Probe, Target, Traffic},
+    proof::{Flows, Way},
+    stage::{Passed, Port, Stage, Watch},
+    turns,
 };
 use crate::{
     ends::Ends,
@@ -24,8 +25,6 @@ use crate::{
         flood::{FloodReport, SinkReport},
         latency::Latency,
         many_flows::ManyReport,
-        request_response::{FirstReport, Protocol, ServeReport},
-        short_connections::{ConnectionsReport, ServeReport as ConnectionsServed},
     },
 };
 
@@ -53,8 +52,6 @@ pub struct Outcome {
 
 /// The largest packet that segmentation offload makes.
 const LARGEST: u64 = 65_536;
-/// New flows of one measurement of the first packet.
-const NEW_FLOWS: u32 = 6000;
 /// Segments of a stream are acknowledged, however sparsely.
 const FEW: u64 = 10;
 
@@ -63,114 +60,71 @@ const FEW: u64 = 10;
 /// # Errors
 /// When a tool fails, packets took another path, or a connection was reset.
 pub fn run(stage: &Stage, probe: &Probe, target: Target, pace: Pace) -> Result<Outcome> {
-    let name = &stage.side.name;
-    let what = || format!("{} on side {name}, to the {}", probe.name, target.name());
-    let way = stage.side.way(target).with_context(what)?;
-    stage.warm_up().with_context(what)?;
-    let watch = stage.watch().with_context(what)?;
-    let resets = resets(stage)?;
-    let (outcome, flows, passed) = match probe.traffic {
-        Traffic::RequestResponse(protocol) => request_response(stage, protocol, target, pace),
-        Traffic::Connections => connections(stage, target, pace),
-        Traffic::FirstPacket => first_packet(stage, target, pace),
+    let proof = Proof::begin(stage, probe, target)?;
+    let measured = match probe.traffic {
+        Traffic::Asked(asked) => turns::alone(stage, asked, target, pace),
         Traffic::Flood(size) => flood(stage, size, target, pace),
         Traffic::Streams(count) => streams(stage, count, target, pace),
         Traffic::Many(many) => many_flows(stage, many, target, pace),
-    }
-    .with_context(what)?;
-    watch.expect(way, flows, passed).with_context(what)?;
-    let after = self::resets(stage)?;
-    ensure!(
-        after == resets || !matches!(probe.traffic, Traffic::Connections),
-        "{}: {} connections were reset",
-        what(),
-        after - resets
-    );
-    Ok(outcome)
-}
-
-type Measured = (Outcome, Flows, Passed);
-
-fn latencies(per_second: f64, latency: Latency, all: u64) -> Outcome {
-    Outcome {
-        figures: vec![per_second, latency.p50_us, latency.p99_us, latency.p999_us],
-        latency: Some(latency),
-        transactions: Some(all),
-    }
-}
-
-fn request_response(
-    stage: &Stage,
-    protocol: Protocol,
-    target: Target,
-    pace: Pace,
-) -> Result<Measured> {
-    let to = (stage.server(), stage.way_to(Port::RequestResponse, target));
-    let report = exchange::request_response(stage.client(), to, protocol, pace.seconds, pace.cpu)?;
-    let passed = Passed {
-        there: report.all_transactions,
-        back: report.all_transactions,
     };
-    Ok((
-        latencies(report.per_second, report.latency, report.all_transactions),
-        Flows::Long,
-        passed,
-    ))
+    proof.end(measured)
+}
+
+/// An outcome, and what the counters have to show for it.
+pub(super) type Measured = (Outcome, Flows, Passed);
+
+/// The frame around a measurement: which way the packets have to take.
+pub(super) struct Proof<'a> {
+    stage: &'a Stage,
+    what: String,
+    way: Way,
+    watch: Watch<'a>,
+    resets: Option<u64>,
+}
+
+impl<'a> Proof<'a> {
+    /// Notes all counters.
+    pub(super) fn begin(stage: &'a Stage, probe: &Probe, target: Target) -> Result<Self> {
+        let name = &stage.side.name;
+        let what = format!("{} on side {name}, to the {}", probe.name, target.name());
+        let begin = || {
+            let way = stage
+                .side
+                .way(target)
+                .context("this side has no way there")?;
+            stage.warm_up()?;
+            let counts_resets = probe.traffic == Traffic::Asked(Asked::ByConnections);
+            let resets = counts_resets.then(|| resets(stage)).transpose()?;
+            Ok::<_, anyhow::Error>((way, stage.watch()?, resets))
+        };
+        let (way, watch, resets) = begin().with_context(|| what.clone())?;
+        Ok(Self {
+            stage,
+            what,
+            way,
+            watch,
+            resets,
+        })
+    }
+
+    /// Gives the outcome if the packets took that way.
+    pub(super) fn end(self, measured: Result<Measured>) -> Result<Outcome> {
+        let what = || self.what.clone();
+        let (outcome, flows, passed) = measured.with_context(what)?;
+        self.watch
+            .expect(self.way, flows, passed)
+            .with_context(what)?;
+        if let Some(before) = self.resets {
+            let count = resets(self.stage)? - before;
+            ensure!(count == 0, "{}: {count} connections were reset", self.what);
+        }
+        Ok(outcome)
+    }
 }
 
 /// Both ends of a probe's tool.
-fn start(stage: &Stage, to: SocketAddrV4, serve: &str, ask: &str) -> Result<Ends> {
+pub(super) fn start(stage: &Stage, to: SocketAddrV4, serve: &str, ask: &str) -> Result<Ends> {
     Ends::start(stage.client(), (stage.server(), to), serve, ask)
-}
-
-fn connections(stage: &Stage, target: Target, pace: Pace) -> Result<Measured> {
-    let (cpu, seconds) = (pace.cpu, pace.seconds);
-    let (report, served): (ConnectionsReport, ConnectionsServed) = start(
-        stage,
-        stage.way_to(Port::Connections, target),
-        &format!("crr-serve --cpu {cpu}"),
-        &format!("crr --seconds {seconds} --cpu {cpu}"),
-    )?
-    .result()?;
-    ensure!(
-        served.served == report.all,
-        "{} connections were served, {} made",
-        served.served,
-        report.all
-    );
-    // SYN, request, FIN; their answers.
-    let passed = Passed {
-        there: 3 * report.all,
-        back: 3 * report.all,
-    };
-    Ok((
-        latencies(report.per_second, report.latency, report.all),
-        Flows::Short,
-        passed,
-    ))
-}
-
-fn first_packet(stage: &Stage, target: Target, pace: Pace) -> Result<Measured> {
-    let cpu = pace.cpu;
-    let (report, served): (FirstReport, ServeReport) = start(
-        stage,
-        stage.way_to(Port::RequestResponse, target),
-        &format!("rr-serve --protocol udp --cpu {cpu}"),
-        &format!("rr-first --count {NEW_FLOWS} --cpu {cpu}"),
-    )?
-    .result()?;
-    served.check(report.flows)?;
-    let latency = report.latency;
-    let outcome = Outcome {
-        figures: vec![latency.p50_us, latency.p99_us],
-        latency: Some(latency),
-        transactions: Some(report.flows),
-    };
-    let passed = Passed {
-        there: report.flows,
-        back: report.flows,
-    };
-    Ok((outcome, Flows::First, passed))
 }
 
 fn flood(stage: &Stage, size: usize, target: Target, pace: Pace) -> Result<Measured> {

@@ -6,11 +6,12 @@ use std::time::Instant;
 use anyhow::Result;
 
 use super::{
-    measure::{Probe, Target},
-    probe::{self, Pace},
+    measure::{Probe, Target, Traffic},
+    probe::{self, Outcome, Pace},
     results::{Distribution, Series, distribution},
     stage::Stage,
     stats::{Summary, ratio},
+    turns,
 };
 use crate::traffic::latency::Latency;
 
@@ -59,9 +60,8 @@ pub fn measure(
             })
             .collect();
         for round in 0..rounds {
-            for index in order(cells.len(), round) {
+            for (index, outcome) in self::round(&cells, probe, *target, round, pace)? {
                 let cell = &mut cells[index];
-                let outcome = probe::run(cell.stage, probe, cell.target, pace)?;
                 for (series, value) in cell.figures.iter_mut().zip(outcome.figures) {
                     series.push(value);
                 }
@@ -87,8 +87,29 @@ pub fn measure(
     Ok(())
 }
 
+/// One round: what came of it in each cell.
+fn round(
+    cells: &[Cell<'_>],
+    probe: &Probe,
+    target: Target,
+    round: usize,
+    pace: Pace,
+) -> Result<Vec<(usize, Outcome)>> {
+    if let Traffic::Asked(asked) = probe.traffic {
+        let stages: Vec<&Stage> = cells.iter().map(|cell| cell.stage).collect();
+        let outcomes = turns::all(&stages, probe, asked, target, pace)?;
+        return Ok(outcomes.into_iter().enumerate().collect());
+    }
+    order(cells.len(), round)
+        .map(|index| {
+            let outcome = probe::run(cells[index].stage, probe, target, pace)?;
+            Ok((index, outcome))
+        })
+        .collect()
+}
+
 /// Each round begins with another side: none is always the one after the slowest.
-fn order(count: usize, round: usize) -> impl Iterator<Item = usize> {
+pub(super) fn order(count: usize, round: usize) -> impl Iterator<Item = usize> {
     (0..count).map(move |index| (index + round) % count)
 }
 

@@ -25,6 +25,7 @@ pub mod segments;
 pub mod short_connections;
 pub mod socket;
 pub mod stream;
+pub mod timing;
 
 use std::{
     io::{Read, Write},

@@ -11,7 +11,11 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::{latency::Latency, ready, share, socket, told_to_finish};
+use super::{
+    ready, share, socket,
+    timing::{AskReport, TimingArgs},
+    told_to_finish,
+};
 
 /// How long a lost response is waited for.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -62,9 +66,8 @@ pub struct ClientArgs {
     /// Address and port of the server.
     #[arg(long)]
     to: SocketAddrV4,
-    /// Seconds to measure, after a tenth of it to warm up.
-    #[arg(long, default_value_t = 1.0)]
-    seconds: f64,
+    #[command(flatten)]
+    timing: TimingArgs,
     /// Bytes of a request and of a response.
     #[arg(long, default_value_t = 64)]
     size: usize,
@@ -98,45 +101,20 @@ impl ServeReport {
     }
 }
 
-/// What the client measured.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct RrReport {
-    /// Transactions within the measured time.
-    pub transactions: u64,
-    /// Transactions in all, warming up included.
-    pub all_transactions: u64,
-    /// The measured time.
-    pub seconds: f64,
-    /// Transactions per second.
-    pub per_second: f64,
-    /// From a request to its response.
-    pub latency: Latency,
-}
-
 /// Arguments of the client that starts a new flow for every request.
 #[derive(Debug, clap::Args)]
 pub struct FirstArgs {
     /// Address and port of the server.
     #[arg(long)]
     to: SocketAddrV4,
-    /// New flows.
-    #[arg(long, default_value_t = 1000)]
-    count: u32,
+    #[command(flatten)]
+    timing: TimingArgs,
     /// Bytes of a request and of a response.
     #[arg(long, default_value_t = 64)]
     size: usize,
     /// Stay on this CPU.
     #[arg(long)]
     cpu: Option<usize>,
-}
-
-/// What the first packet of each flow met.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct FirstReport {
-    /// Flows.
-    pub flows: u64,
-    /// From a flow's first packet to the response.
-    pub latency: Latency,
 }
 
 /// Answers until told, or until the TCP client leaves.
@@ -183,31 +161,33 @@ pub fn serve(args: &ServeArgs) -> Result<ServeReport> {
 ///
 /// # Errors
 /// When the connection breaks or a datagram is lost.
-pub fn client(args: &ClientArgs) -> Result<RrReport> {
+pub fn client(args: &ClientArgs) -> Result<AskReport> {
     share(args.cpu)?;
     ready()?;
+    let mut message = vec![0; args.size];
     match args.protocol {
         Protocol::Tcp => {
             let mut connection = TcpStream::connect(args.to)
                 .with_context(|| format!("cannot connect to {}", args.to))?;
             connection.set_nodelay(true)?;
             connection.set_read_timeout(Some(PATIENCE))?;
-            measure(args, |message| {
-                connection.write_all(message)?;
-                Ok(connection.read_exact(message)?)
+            args.timing.measure(|now| {
+                connection.write_all(&message)?;
+                connection.read_exact(&mut message)?;
+                Ok(now)
             })
         }
         Protocol::Udp => {
             let client = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, args.from_port))?;
             client.connect(args.to)?;
             client.set_read_timeout(Some(PATIENCE))?;
-            measure(args, |message| {
-                client.send(message)?;
-                let length = client.recv(message).context("a response was lost")?;
+            args.timing.measure(|now| {
+                client.send(&message)?;
+                let length = client.recv(&mut message).context("a response was lost")?;
                 if length != message.len() {
                     bail!("a response of {length} bytes");
                 }
-                Ok(())
+                Ok(now)
             })
         }
     }
@@ -217,12 +197,11 @@ pub fn client(args: &ClientArgs) -> Result<RrReport> {
 ///
 /// # Errors
 /// When a datagram is lost.
-pub fn first(args: &FirstArgs) -> Result<FirstReport> {
+pub fn first(args: &FirstArgs) -> Result<AskReport> {
     share(args.cpu)?;
     ready()?;
     let mut message = vec![0; args.size];
-    let mut times = Vec::new();
-    for _ in 0..args.count {
+    args.timing.measure(|_| {
         // A socket of its own has a port, and with it a flow, of its own.
         let client = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
         client.connect(args.to)?;
@@ -230,40 +209,6 @@ pub fn first(args: &FirstArgs) -> Result<FirstReport> {
         let start = Instant::now();
         client.send(&message)?;
         client.recv(&mut message).context("a response was lost")?;
-        times.push(u32::try_from(start.elapsed().as_nanos()).unwrap_or(u32::MAX));
-    }
-    Ok(FirstReport {
-        flows: args.count.into(),
-        latency: Latency::of(times).context("--count 0 measures nothing")?,
-    })
-}
-
-fn measure(
-    args: &ClientArgs,
-    mut transact: impl FnMut(&mut [u8]) -> Result<()>,
-) -> Result<RrReport> {
-    let mut message = vec![0; args.size];
-    let mut run = |seconds: f64| -> Result<(Vec<u32>, f64)> {
-        let length = Duration::from_secs_f64(seconds);
-        let mut times = Vec::with_capacity((seconds * 250_000.0) as usize);
-        let start = Instant::now();
-        let mut before = start;
-        while before - start < length {
-            transact(&mut message)?;
-            let after = Instant::now();
-            times.push(u32::try_from((after - before).as_nanos()).unwrap_or(u32::MAX));
-            before = after;
-        }
-        Ok((times, (before - start).as_secs_f64()))
-    };
-    let (warm_up, _) = run(args.seconds / 10.0)?;
-    let (times, seconds) = run(args.seconds)?;
-    let measured = times.len();
-    Ok(RrReport {
-        transactions: measured as u64,
-        all_transactions: (measured + warm_up.len()) as u64,
-        seconds,
-        per_second: measured as f64 / seconds,
-        latency: Latency::of(times).context("no transaction was made")?,
+        Ok(start)
     })
 }

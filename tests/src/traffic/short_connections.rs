@@ -10,13 +10,17 @@ use std::{
     net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream},
     sync::atomic::Ordering,
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::{latency::Latency, ready, share, told_to_finish};
+use super::{
+    ready, share,
+    timing::{AskReport, TimingArgs},
+    told_to_finish,
+};
 
 /// How long a lost packet is waited for.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -41,9 +45,8 @@ pub struct ClientArgs {
     /// Address and port of the server.
     #[arg(long)]
     to: SocketAddrV4,
-    /// Seconds to measure, after a tenth of it to warm up.
-    #[arg(long, default_value_t = 1.0)]
-    seconds: f64,
+    #[command(flatten)]
+    timing: TimingArgs,
     /// Bytes of a request and of a response.
     #[arg(long, default_value_t = 64)]
     size: usize,
@@ -57,17 +60,6 @@ pub struct ClientArgs {
 pub struct ServeReport {
     /// Connections served to their end.
     pub served: u64,
-}
-
-/// What the client measured.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct ConnectionsReport {
-    /// Connections in all, warming up included.
-    pub all: u64,
-    /// Connections per second.
-    pub per_second: f64,
-    /// From the first packet of a connection to its end.
-    pub latency: Latency,
 }
 
 /// Serves one connection after the other, until told.
@@ -107,31 +99,16 @@ pub fn serve(args: &ServeArgs) -> Result<ServeReport> {
 ///
 /// # Errors
 /// When a connection fails.
-pub fn client(args: &ClientArgs) -> Result<ConnectionsReport> {
+pub fn client(args: &ClientArgs) -> Result<AskReport> {
     share(args.cpu)?;
     ready()?;
     let mut message = vec![0; args.size];
-    let mut run = |seconds: f64| -> Result<(Vec<u32>, f64)> {
-        let length = Duration::from_secs_f64(seconds);
-        let mut times = Vec::with_capacity((seconds * 60_000.0) as usize);
-        let start = Instant::now();
-        let mut before = start;
-        while before - start < length {
-            connect_and_ask(args.to, &mut message)
-                .with_context(|| format!("connection {} to {}", times.len(), args.to))?;
-            let after = Instant::now();
-            times.push(u32::try_from((after - before).as_nanos()).unwrap_or(u32::MAX));
-            before = after;
-        }
-        Ok((times, (before - start).as_secs_f64()))
-    };
-    let (warm_up, _) = run(args.seconds / 10.0)?;
-    let (times, seconds) = run(args.seconds)?;
-    let measured = times.len();
-    Ok(ConnectionsReport {
-        all: (measured + warm_up.len()) as u64,
-        per_second: measured as f64 / seconds,
-        latency: Latency::of(times).context("no connection was made")?,
+    let mut made = 0;
+    args.timing.measure(|now| {
+        connect_and_ask(args.to, &mut message)
+            .with_context(|| format!("connection {made} to {}", args.to))?;
+        made += 1;
+        Ok(now)
     })
 }
 

@@ -13,7 +13,7 @@ use crate::{
     ends::Ends,
     node::{BRIDGE, UPLINK},
     pod::Pod,
-    traffic::request_response::{RrReport, ServeReport},
+    traffic::{request_response::ServeReport, timing::AskReport},
 };
 
 /// Single runs in a batch; the median of each batch is one value.
@@ -58,7 +58,7 @@ pub(super) fn weigh(program: &str, client: &Pod, server: &Pod) -> Result<Summary
 /// path that learns has to have seen it.
 fn introduce_flow(client: &Pod, server: &Pod) -> Result<()> {
     let (from, to) = packet::PORTS;
-    let (asked, served): (RrReport, ServeReport) = Ends::start(
+    let (asked, served): (AskReport, ServeReport) = Ends::start(
         client.namespace(),
         (server.namespace(), server.at(to)),
         "rr-serve --protocol udp",
