@@ -27,10 +27,26 @@ pub fn census(namespace: &Namespace) -> Result<Census> {
 /// # Errors
 /// As [`census`].
 pub fn alive(namespace: &Namespace) -> Result<Census> {
-    let over = ["tcp TIME_WAIT", "tcp CLOSE"];
     let mut census = census(namespace)?;
-    census.retain(|kind, _| kind.starts_with("tcp") && !over.contains(&kind.as_str()));
+    census.retain(|kind, _| is_alive(kind));
     Ok(census)
+}
+
+/// The same as the kernel shows them, without those of which both ends have sent their FIN.
+///
+/// # Errors
+/// As [`census`].
+pub fn open(namespace: &Namespace) -> Result<Vec<String>> {
+    let text = entries(namespace)?;
+    let open = text.lines().filter(|line| {
+        let kind = kind(line);
+        is_alive(&kind) && kind != "tcp LAST_ACK"
+    });
+    Ok(open.map(str::to_owned).collect())
+}
+
+fn is_alive(kind: &str) -> bool {
+    kind.starts_with("tcp") && !["tcp TIME_WAIT", "tcp CLOSE"].contains(&kind)
 }
 
 /// The table as text, one entry a line.

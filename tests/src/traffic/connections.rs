@@ -282,7 +282,7 @@ fn corrupt(what: &str) -> io::Error {
 /// When the listener fails.
 pub fn serve(args: &ServeArgs) -> Result<ConnectionsReport> {
     epoll::allow_many_sockets()?;
-    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, args.port))?;
+    let listener = listen(args.port)?;
     // The standard library asks for a queue of 128; asking again lengthens it.
     // SAFETY: no pointer is involved.
     let result = unsafe { libc::listen(listener.as_raw_fd(), 4096) };
@@ -401,6 +401,15 @@ pub fn client(args: &ClientArgs) -> Result<ConnectionsReport> {
         }
     }
     Ok(report)
+}
+
+/// Listens with room for as many as `net.core.somaxconn` lets wait; the standard library's are 128.
+fn listen(port: u16) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port).into())?;
+    socket.listen(i32::from(u16::MAX))?;
+    Ok(socket.into())
 }
 
 /// Connects from the port of connection `number`.
