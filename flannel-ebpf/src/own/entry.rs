@@ -2,32 +2,31 @@
 
 use bytemuck::{Pod, Zeroable};
 
-/// What one end of an own connection has sent. Each end has its own bytes: packets of both may be
-/// under way on two CPUs at once.
+/// What one end of an own connection has sent.
+///
+/// Packets may be under way on two CPUs at once, even those of one end: every fact has a byte of
+/// its own that is only ever set, so that neither CPU undoes what the other has noted.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct OwnEnd {
-    /// Its last acknowledgement number, as on the wire.
+    /// Its highest acknowledgement number, as on the wire.
     pub ack: [u8; 4],
-    /// Bits named `END_…`.
-    pub sent: u8,
+    /// 1: `ack` is set.
+    pub acked: u8,
+    /// 1: a SYN-ACK.
+    pub syn_acked: u8,
+    /// 1: an ACK after the other end's SYN-ACK.
+    pub established: u8,
+    /// 1: a FIN.
+    pub fin: u8,
+    /// 1: a RST that ended the connection.
+    pub rst: u8,
+    /// 1: a RST of which it is not known whether the other end took it.
+    pub doubtful_rst: u8,
     /// Always zero.
-    pub _pad: [u8; 3],
+    pub _pad: [u8; 2],
 }
-const _: () = assert!(size_of::<OwnEnd>() == 8);
-
-/// [`OwnEnd::sent`]: `ack` is set.
-pub const END_ACK: u8 = 1 << 0;
-/// [`OwnEnd::sent`]: a SYN-ACK.
-pub const END_SYN_ACK: u8 = 1 << 1;
-/// [`OwnEnd::sent`]: an ACK after the other end's SYN-ACK.
-pub const END_ESTABLISHED: u8 = 1 << 2;
-/// [`OwnEnd::sent`]: a FIN.
-pub const END_FIN: u8 = 1 << 3;
-/// [`OwnEnd::sent`]: a RST that ended the connection.
-pub const END_RST: u8 = 1 << 4;
-/// [`OwnEnd::sent`]: a RST of which it is not known whether the other end took it.
-pub const END_DOUBTFUL_RST: u8 = 1 << 5;
+const _: () = assert!(size_of::<OwnEnd>() == 12);
 
 /// Value of `OWN`.
 #[repr(C)]
@@ -35,7 +34,7 @@ pub const END_DOUBTFUL_RST: u8 = 1 << 5;
 pub struct OwnFlow {
     /// When its SYN came, in jiffies.
     pub born: u32,
-    /// When it closed, in jiffies; means nothing before.
+    /// When it closed, in jiffies; means nothing before, and 0 is no time.
     pub closed: u32,
     /// What the pod has sent.
     pub pod: OwnEnd,
@@ -52,7 +51,7 @@ pub struct OwnFlow {
     /// 1: a translated connection wants the same tuple.
     pub clashed: u8,
 }
-const _: () = assert!(size_of::<OwnFlow>() == 32);
+const _: () = assert!(size_of::<OwnFlow>() == 40);
 
 /// What connections are alike in: key of `CLASSES`.
 #[repr(C)]

@@ -16,9 +16,7 @@ pub mod entry;
 pub mod opening;
 pub mod quoted;
 
-use self::entry::{
-    END_ACK, END_DOUBTFUL_RST, END_ESTABLISHED, END_FIN, END_RST, END_SYN_ACK, OwnEnd, OwnFlow,
-};
+use self::entry::{OwnEnd, OwnFlow};
 use crate::{
     packet::{ACK, FIN, RST, SYN},
     sighting::Way,
@@ -86,17 +84,16 @@ pub const fn opener(noted: u8) -> Way {
 #[inline(always)]
 #[must_use]
 pub const fn stage(flow: &OwnFlow) -> Stage {
-    let either = flow.pod.sent | flow.peer.sent;
-    let both = flow.pod.sent & flow.peer.sent;
-    if either & END_RST != 0 {
+    let (pod, peer) = (&flow.pod, &flow.peer);
+    if pod.rst | peer.rst != 0 {
         Stage::Reset
-    } else if both & END_FIN != 0 {
+    } else if pod.fin & peer.fin != 0 {
         Stage::Closed
-    } else if either & END_FIN != 0 {
+    } else if pod.fin | peer.fin != 0 {
         Stage::HalfClosed
-    } else if either & END_ESTABLISHED != 0 {
+    } else if is_settled(flow) {
         Stage::Established
-    } else if either & END_SYN_ACK != 0 {
+    } else if pod.syn_acked | peer.syn_acked != 0 {
         Stage::Answered
     } else {
         Stage::Opening
@@ -107,7 +104,7 @@ pub const fn stage(flow: &OwnFlow) -> Stage {
 #[inline(always)]
 #[must_use]
 pub const fn is_settled(flow: &OwnFlow) -> bool {
-    (flow.pod.sent | flow.peer.sent) & END_ESTABLISHED != 0
+    flow.pod.established | flow.peer.established != 0
 }
 
 /// Is it over?
@@ -122,8 +119,8 @@ pub const fn is_over(flow: &OwnFlow) -> bool {
 #[inline(always)]
 #[must_use]
 pub const fn is_older(flow: &OwnFlow) -> bool {
-    let either = flow.pod.sent | flow.peer.sent;
-    either & (END_ACK | END_SYN_ACK) == END_ACK
+    let (pod, peer) = (&flow.pod, &flow.peer);
+    pod.acked | peer.acked != 0 && pod.syn_acked | peer.syn_acked == 0
 }
 
 /// Is a SYN that goes this way the called end's, to a connection that lives? Both ends may open one
@@ -190,32 +187,45 @@ pub const fn advance(flow: &mut OwnFlow, way: Way, segment: Segment, now: u32) -
     if segment.flags & RST != 0 {
         // It counts where it meets the other end's last ACK; so does one to an end that has
         // acknowledged nothing: the answer to a SYN.
-        if other.sent & END_ACK == 0 || equal(segment.seq, other.ack) {
-            own.sent |= END_RST;
+        if other.acked == 0 || equal(segment.seq, other.ack) {
+            own.rst = 1;
         } else {
-            own.sent |= END_DOUBTFUL_RST;
+            own.doubtful_rst = 1;
             flow.recalled = 1;
         }
     } else {
         if segment.flags & ACK != 0 {
-            own.ack = segment.ack;
-            own.sent |= END_ACK;
+            // On two CPUs an older one may come last.
+            if own.acked == 0 || is_later(segment.ack, own.ack) {
+                own.ack = segment.ack;
+                own.acked = 1;
+            }
             if segment.flags & SYN != 0 {
                 if !is_client {
-                    own.sent |= END_SYN_ACK;
+                    own.syn_acked = 1;
                 }
-            } else if is_client && other.sent & END_SYN_ACK != 0 {
-                own.sent |= END_ESTABLISHED;
+            } else if is_client && other.syn_acked != 0 {
+                own.established = 1;
             }
         }
         if segment.flags & FIN != 0 {
-            own.sent |= END_FIN;
+            own.fin = 1;
         }
     }
-    if !was_over && is_over(flow) {
+    // Two CPUs that close it at once may each miss what the other writes; the next packet does not.
+    if is_over(flow) && (!was_over || flow.closed == 0) {
         flow.closed = now;
     }
     true
+}
+
+/// In sequence space, RFC 9293 section 3.4.
+#[inline(always)]
+const fn is_later(one: [u8; 4], other: [u8; 4]) -> bool {
+    u32::from_be_bytes(one)
+        .wrapping_sub(u32::from_be_bytes(other))
+        .cast_signed()
+        > 0
 }
 
 #[inline(always)]

@@ -206,7 +206,6 @@ impl Exchange {
         });
 
         let (mut handed_over, mut refused) = (0, 0);
-        let mut corrections = Vec::new();
         for (((key, _), entry), result) in due.iter().zip(&entries).zip(results) {
             if let Err(error) = result {
                 debug!(connection = ?entry.original, %error, "conntrack refused a connection");
@@ -216,7 +215,9 @@ impl Exchange {
             match self.table.take(key) {
                 Ok(Some(last)) => {
                     let last = handover::entry(key, &last, &timeouts);
-                    corrections.extend(handover::correction(entry, last));
+                    if let Some(correction) = handover::correction(entry, last) {
+                        self.correct(correction);
+                    }
                     handed_over += 1;
                 }
                 Ok(None) => handed_over += 1,
@@ -226,14 +227,20 @@ impl Exchange {
                 }
             }
         }
-        if let Some(conntrack) = &mut self.conntrack {
-            for result in conntrack.update(&corrections) {
-                if let Err(error) = result {
-                    debug!(%error, "conntrack refused a correction");
-                }
+        (handed_over, refused)
+    }
+
+    /// Tells conntrack at once: from now on it sees the connection's packets itself, and what it
+    /// learns from them must not be undone.
+    fn correct(&mut self, correction: Entry) {
+        let Some(conntrack) = &mut self.conntrack else {
+            return;
+        };
+        for result in conntrack.update(&[correction]) {
+            if let Err(error) = result {
+                debug!(%error, "conntrack refused a correction");
             }
         }
-        (handed_over, refused)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use flannel_ebpf::{
-    layout::{END_DOUBTFUL_RST, FlowKey, OwnFlow},
+    layout::{FlowKey, OwnFlow},
     own::{self, Stage},
     sighting::Way,
 };
@@ -153,7 +153,7 @@ pub(super) fn entry(key: &FlowKey, flow: &OwnFlow, timeouts: &Timeouts) -> Entry
         Stage::Closed => over(TcpState::TimeWait, timeouts.time_wait),
         Stage::Reset => over(TcpState::Close, timeouts.close),
     };
-    if (flow.pod.sent | flow.peer.sent) & END_DOUBTFUL_RST != 0 {
+    if flow.pod.doubtful_rst | flow.peer.doubtful_rst != 0 {
         // If it lives, its next packet gives it its time back.
         entry.timeout = entry.timeout.min(timeouts.close);
     }
