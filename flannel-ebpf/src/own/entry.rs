@@ -9,24 +9,27 @@ use bytemuck::{Pod, Zeroable};
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct OwnEnd {
-    /// Its highest acknowledgement number, as on the wire.
+    /// Its highest acknowledgement number, as on the wire; zero for none.
     pub ack: [u8; 4],
-    /// 1: `ack` is set.
-    pub acked: u8,
-    /// 1: a SYN-ACK.
-    pub syn_acked: u8,
-    /// 1: an ACK after the other end's SYN-ACK.
-    pub established: u8,
+    /// 1: its part of the handshake: the server's SYN-ACK, or the client's ACK after it.
+    pub shaken: u8,
     /// 1: a FIN.
     pub fin: u8,
     /// 1: a RST that ended the connection.
     pub rst: u8,
     /// 1: a RST of which it is not known whether the other end took it.
     pub doubtful_rst: u8,
-    /// Always zero.
-    pub _pad: [u8; 2],
 }
-const _: () = assert!(size_of::<OwnEnd>() == 12);
+const _: () = assert!(size_of::<OwnEnd>() == 8);
+
+impl OwnEnd {
+    /// Has it acknowledged anything? One number in four thousand million passes for none.
+    #[inline(always)]
+    #[must_use]
+    pub const fn has_acknowledged(&self) -> bool {
+        u32::from_ne_bytes(self.ack) != 0
+    }
+}
 
 /// Value of `OWN`.
 #[repr(C)]
@@ -51,7 +54,7 @@ pub struct OwnFlow {
     /// 1: a translated connection wants the same tuple.
     pub clashed: u8,
 }
-const _: () = assert!(size_of::<OwnFlow>() == 40);
+const _: () = assert!(size_of::<OwnFlow>() == 32);
 
 /// What connections are alike in: key of `CLASSES`.
 #[repr(C)]

@@ -80,6 +80,24 @@ pub const fn opener(noted: u8) -> Way {
     }
 }
 
+/// The end that sent the SYN.
+#[inline(always)]
+const fn client(flow: &OwnFlow) -> &OwnEnd {
+    match opener(flow.opener) {
+        Way::Out => &flow.pod,
+        Way::In => &flow.peer,
+    }
+}
+
+/// The end that was called.
+#[inline(always)]
+const fn server(flow: &OwnFlow) -> &OwnEnd {
+    match opener(flow.opener) {
+        Way::Out => &flow.peer,
+        Way::In => &flow.pod,
+    }
+}
+
 /// How far it is.
 #[inline(always)]
 #[must_use]
@@ -93,7 +111,7 @@ pub const fn stage(flow: &OwnFlow) -> Stage {
         Stage::HalfClosed
     } else if is_settled(flow) {
         Stage::Established
-    } else if pod.syn_acked | peer.syn_acked != 0 {
+    } else if server(flow).shaken != 0 {
         Stage::Answered
     } else {
         Stage::Opening
@@ -104,7 +122,7 @@ pub const fn stage(flow: &OwnFlow) -> Stage {
 #[inline(always)]
 #[must_use]
 pub const fn is_settled(flow: &OwnFlow) -> bool {
-    flow.pod.established | flow.peer.established != 0
+    client(flow).shaken != 0
 }
 
 /// Is it over?
@@ -119,8 +137,7 @@ pub const fn is_over(flow: &OwnFlow) -> bool {
 #[inline(always)]
 #[must_use]
 pub const fn is_older(flow: &OwnFlow) -> bool {
-    let (pod, peer) = (&flow.pod, &flow.peer);
-    pod.acked | peer.acked != 0 && pod.syn_acked | peer.syn_acked == 0
+    (flow.pod.has_acknowledged() || flow.peer.has_acknowledged()) && server(flow).shaken == 0
 }
 
 /// Is a SYN that goes this way the called end's, to a connection that lives? Both ends may open one
@@ -187,7 +204,7 @@ pub const fn advance(flow: &mut OwnFlow, way: Way, segment: Segment, now: u32) -
     if segment.flags & RST != 0 {
         // It counts where it meets the other end's last ACK; so does one to an end that has
         // acknowledged nothing: the answer to a SYN.
-        if other.acked == 0 || equal(segment.seq, other.ack) {
+        if !other.has_acknowledged() || equal(segment.seq, other.ack) {
             own.rst = 1;
         } else {
             own.doubtful_rst = 1;
@@ -196,16 +213,13 @@ pub const fn advance(flow: &mut OwnFlow, way: Way, segment: Segment, now: u32) -
     } else {
         if segment.flags & ACK != 0 {
             // On two CPUs an older one may come last.
-            if own.acked == 0 || is_later(segment.ack, own.ack) {
+            if !own.has_acknowledged() || is_later(segment.ack, own.ack) {
                 own.ack = segment.ack;
-                own.acked = 1;
             }
-            if segment.flags & SYN != 0 {
-                if !is_client {
-                    own.syn_acked = 1;
-                }
-            } else if is_client && other.syn_acked != 0 {
-                own.established = 1;
+            let is_syn = segment.flags & SYN != 0;
+            // The server's SYN-ACK, or what the client says to it.
+            if is_syn != is_client && (is_syn || other.shaken != 0) {
+                own.shaken = 1;
             }
         }
         if segment.flags & FIN != 0 {
