@@ -79,7 +79,8 @@ impl History {
                 continue;
             }
             if has(ACK) {
-                acked[this] = Some(segment.ack);
+                // The highest: an older one may come last (conntrack's `td_maxack`).
+                acked[this] = acked[this].max(Some(segment.ack));
             }
             stage = match stage {
                 Stage::Opening if *way != client && has(SYN) && has(ACK) => Stage::Answered,
@@ -192,7 +193,8 @@ fn explore(steps: &[Step]) -> Result<(), TestCaseError> {
         match *step {
             Step::Syn(way, may) => world.syn(way, may),
             Step::Packet(way, flags, seq, ack) => {
-                let number = |low| [0, 0, 0, low];
+                // Zero is none.
+                let number = |low| [0, 0, 0, low + 1];
                 world.packet(
                     way,
                     Segment {
