@@ -87,6 +87,9 @@ const LEARNED_SHARE: u64 = 20;
 /// segmentation offload makes few packets of it.
 const BEGINNINGS: u64 = 150;
 
+/// Of short connections at most one packet to so many of the programs.
+const SHORT_SHARE: u64 = 5;
+
 impl Way {
     /// Whether `seen` shows that at least `packets` went this way, and none by another.
     #[must_use]
@@ -107,6 +110,11 @@ impl Way {
             Self::Learned if flows == Flows::Short => programs + tunnel >= packets,
             Self::Classes if flows == Flows::Short => {
                 programs + tunnel >= packets && programs >= tunnel
+            }
+            // Where a port comes back just when the entry of its last connection is forgotten, the
+            // new one takes the stack: by turns that is one in ten.
+            Self::Programs if flows == Flows::Short => {
+                programs + tunnel >= packets && programs >= SHORT_SHARE * tunnel
             }
             Self::Programs | Self::Learned | Self::Classes if flows == Flows::Many => {
                 programs + tunnel >= packets && programs >= tunnel / 4
@@ -148,6 +156,8 @@ mod tests {
         }
         assert!(!Way::Programs.holds(Flows::Short, seen(999, 0, 0), 1000));
         assert!(!Way::Programs.holds(Flows::Short, seen(0, 1000, 0), 1000));
+        assert!(Way::Programs.holds(Flows::Short, seen(900, 100, 0), 1000));
+        assert!(!Way::Programs.holds(Flows::Short, seen(800, 200, 0), 1000));
     }
 
     #[test]
