@@ -18,7 +18,6 @@ use std::{
 use anyhow::{Result, ensure};
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
-use socket2::{Domain, Socket, Type};
 
 use super::{epoll, pattern, ready, socket, socket::is_timeout, told_to_finish};
 
@@ -405,21 +404,19 @@ pub fn client(args: &ClientArgs) -> Result<ConnectionsReport> {
 
 /// Listens with room for as many as `net.core.somaxconn` lets wait; the standard library's are 128.
 fn listen(port: u16) -> io::Result<TcpListener> {
-    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
-    socket.set_reuse_address(true)?;
-    socket.bind(&SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port).into())?;
+    let socket = socket::tcp_from(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port))?;
     socket.listen(i32::from(u16::MAX))?;
     Ok(socket.into())
 }
 
 /// Connects from the port of connection `number`.
 fn connect(args: &ClientArgs, number: u64) -> io::Result<TcpStream> {
-    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
-    if let Some(first) = args.first_port {
-        let port = u16::try_from(u64::from(first) + number).map_err(io::Error::other)?;
-        socket.bind(&SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port).into())?;
-    }
-    let patience = Duration::from_secs_f64(args.patience);
+    let (to, patience) = (args.to.into(), Duration::from_secs_f64(args.patience));
+    let Some(first) = args.first_port else {
+        return TcpStream::connect_timeout(&to, patience);
+    };
+    let port = u16::try_from(u64::from(first) + number).map_err(io::Error::other)?;
+    let socket = socket::tcp_from(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port))?;
     socket.connect_timeout(&args.to.into(), patience)?;
     Ok(socket.into())
 }

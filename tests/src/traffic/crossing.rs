@@ -8,17 +8,10 @@ use std::{
 };
 
 use anyhow::Result;
-use nix::{
-    errno::Errno,
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::socket::{
-        AddressFamily, SockFlag, SockProtocol, SockType, SockaddrIn, bind, connect, getsockopt,
-        setsockopt, socket, sockopt,
-    },
-};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 
-use super::ready;
+use super::{ready, socket};
 
 /// Arguments; both ends get the same ones, mirrored.
 #[derive(Debug, clap::Args)]
@@ -66,20 +59,14 @@ pub fn cross(args: &CrossArgs) -> Result<CrossReport> {
         } else {
             from.set_port(from.port() + number);
         }
-        let one = socket(
-            AddressFamily::Inet,
-            SockType::Stream,
-            SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC,
-            SockProtocol::Tcp,
-        )?;
-        setsockopt(&one, sockopt::ReuseAddr, &true)?;
-        bind(
-            std::os::fd::AsRawFd::as_raw_fd(&one),
-            &SockaddrIn::from(from),
-        )?;
+        let one = socket::tcp_from(from)?;
+        one.set_nonblocking(true)?;
         let begun = Instant::now();
-        match connect(std::os::fd::AsRawFd::as_raw_fd(&one), &SockaddrIn::from(to)) {
-            Ok(()) | Err(Errno::EINPROGRESS) => open.push((one, begun)),
+        match one.connect(&to.into()) {
+            Ok(()) => open.push((one, begun)),
+            Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {
+                open.push((one, begun));
+            }
             Err(error) => return Err(error.into()),
         }
         thread::sleep(Duration::from_secs_f64(args.pause));
@@ -93,7 +80,7 @@ pub fn cross(args: &CrossArgs) -> Result<CrossReport> {
             let mut polled = [PollFd::new(one.as_fd(), PollFlags::POLLOUT)];
             if poll(&mut polled, PollTimeout::ZERO)? == 0 {
                 waiting.push((one, begun));
-            } else if getsockopt(&one, sockopt::SocketError)? == 0 {
+            } else if one.take_error()?.is_none() {
                 report.established += 1;
                 let took = begun.elapsed().as_secs_f64() * 1000.0;
                 report.slowest_ms = report.slowest_ms.max(took);

@@ -3,10 +3,12 @@
 use std::{
     io,
     mem::{self, MaybeUninit},
-    net::{Ipv4Addr, UdpSocket},
+    net::{Ipv4Addr, SocketAddrV4, UdpSocket},
     os::fd::{AsRawFd, RawFd},
     ptr,
 };
+
+use socket2::{Domain, Socket, Type};
 
 /// `ICMP_DEST_UNREACH` and its kin as the error queue reports them.
 pub const ICMP_DESTINATION_UNREACHABLE: u8 = 3;
@@ -14,6 +16,17 @@ pub const ICMP_DESTINATION_UNREACHABLE: u8 = 3;
 pub const ICMP_TIME_EXCEEDED: u8 = 11;
 /// Enough that no receiver is the reason of a loss.
 const ROOMY: libc::c_int = 8 << 20;
+
+/// A TCP socket that has its own address and port before it listens or connects.
+///
+/// # Errors
+/// When another one has them.
+pub fn tcp_from(from: SocketAddrV4) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&from.into())?;
+    Ok(socket)
+}
 
 /// Sets an integer option.
 ///

@@ -20,7 +20,7 @@ pub struct TimingArgs {
     #[arg(long, default_value_t = 1.0)]
     seconds: f64,
     /// Ask only when told: each line of standard input says for how many milliseconds, and is
-    /// answered when they are over. The first one warms up; the last ends the run.
+    /// answered when they are over. The first one warms up; the end of input ends the run.
     #[arg(long, conflicts_with = "seconds")]
     in_turns: bool,
 }
