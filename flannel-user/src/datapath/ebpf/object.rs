@@ -1,5 +1,8 @@
 //! The embedded kernel object and its programs.
 
+#[cfg(test)]
+mod stack;
+
 use std::{
     collections::BTreeMap,
     hash::{DefaultHasher, Hash, Hasher},
