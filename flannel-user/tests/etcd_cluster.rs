@@ -5,7 +5,9 @@ mod namespace;
 
 use std::time::{Duration, Instant};
 
-use etcd_server::{CONFIG, Etcd, Events, acquire, node, options, silent_server, until, within};
+use etcd_server::{
+    CONFIG, Etcd, Events, acquire, network, node, options, silent_server, until, within,
+};
 use flannel_user::source::{LeaseSource, etcd::EtcdSource};
 
 const CONFIG_KEY: &str = "/coreos.com/network/config";
@@ -40,7 +42,10 @@ async fn one_of_three_members_is_killed() {
     let source = etcd.source();
     let mut events = Events::of(&source).await;
     events.snapshot().await;
-    let lease = acquire(&source, &node(1)).await.expect("a lease");
+    // A subnet of its own choice could be one of those below.
+    let previous = Some("10.244.1.0/24".parse().expect("a subnet"));
+    let lease = source.acquire(&network(), &node(1), previous).await;
+    let lease = lease.expect("a lease");
     assert_eq!(events.put().await.1, 1);
     // Whichever the source uses and whichever leads: each dies once.
     for member in 0..3 {

@@ -27,9 +27,9 @@ pub enum Underlay {
     Router,
 }
 
-/// The network config that labs use unless told otherwise.
-pub const DEFAULT_CONFIG: &str =
-    r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","FastPath":"direct"}}"#;
+/// The network config that labs use unless told otherwise. Subnets above 10.244.63.0 are for leases
+/// that scenarios write by hand: no agent chooses them.
+pub const DEFAULT_CONFIG: &str = r#"{"Network":"10.244.0.0/16","SubnetMax":"10.244.63.0","Backend":{"Type":"vxlan","FastPath":"direct"}}"#;
 
 /// Nodes and what is between them; everything disappears with the value.
 #[derive(Debug)]
