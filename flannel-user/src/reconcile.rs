@@ -55,7 +55,7 @@ const SLOW_CHECK: Duration = Duration::from_secs(10);
 const MANY_PEERS: usize = 2000;
 /// Then it may take one part in so many of the time.
 const CHECKS_SHARE: u32 = 200;
-/// Kernel events come in bursts; the loop lets one settle for this long.
+/// Kernel events come in bursts; one may settle for this long. Leases do not wait meanwhile.
 const BURST: Duration = Duration::from_millis(10);
 
 /// What the agent was set up with; only the uplink changes while it lives.
@@ -176,6 +176,7 @@ impl Reconciler {
         let mut ready = Some(ready);
         let mut events = Some(events);
         let mut next_check = Instant::now() + SLOW_CHECK;
+        let mut burst: Option<Burst> = None;
         loop {
             health.beat();
             let mut dirty = Dirty::default();
@@ -196,14 +197,17 @@ impl Reconciler {
                 Ok(()) = uplink.changed() => {
                     dirty = self.take_up(uplink.borrow_and_update().clone());
                 }
+                () = due(burst.as_ref().map(|burst| burst.until)) => {
+                    dirty = burst.take().map(|burst| burst.dirty).unwrap_or_default();
+                }
                 event = next(&mut events) => match event {
                     Some(event) => {
-                        dirty = self.affected(&event);
-                        if dirty.any() {
-                            tokio::time::sleep(BURST).await;
-                        }
+                        let mut concerned = self.affected(&event);
                         while let Some(Ok(event)) = events.as_mut().map(|events| events.try_recv()) {
-                            dirty = dirty.and(self.affected(&event));
+                            concerned = concerned.and(self.affected(&event));
+                        }
+                        if concerned.any() {
+                            burst = Some(Burst::grown(burst, concerned));
                         }
                     }
                     None => {
@@ -211,7 +215,7 @@ impl Reconciler {
                         events = None;
                     }
                 },
-                () = due(self.switch.parked_until()) => self.switch.shrink(),
+                () = due(self.switch.parked_until().map(Into::into)) => self.switch.shrink(),
                 () = tokio::time::sleep_until(next_check) => {
                     self.ways.routes_changed();
                     dirty = Dirty { thorough: true, ..Dirty::ALL };
@@ -389,10 +393,31 @@ impl Reconciler {
     }
 }
 
+/// Kernel events that are looked at together.
+struct Burst {
+    until: Instant,
+    dirty: Dirty,
+}
+
+impl Burst {
+    fn grown(before: Option<Self>, dirty: Dirty) -> Self {
+        match before {
+            Some(before) => Self {
+                dirty: before.dirty.and(dirty),
+                ..before
+            },
+            None => Self {
+                until: Instant::now() + BURST,
+                dirty,
+            },
+        }
+    }
+}
+
 /// Waits until then; for ever without a time.
-async fn due(at: Option<std::time::Instant>) {
+async fn due(at: Option<Instant>) {
     match at {
-        Some(at) => tokio::time::sleep_until(at.into()).await,
+        Some(at) => tokio::time::sleep_until(at).await,
         None => std::future::pending().await,
     }
 }

@@ -5,13 +5,13 @@ use std::{
     fs,
     os::{fd::AsRawFd, unix::net::UnixDatagram},
     path::{Path, PathBuf},
-    sync::mpsc::{Receiver, channel},
+    sync::mpsc::{Receiver, Sender, channel},
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use etcd_client::{PutOptions, Txn, TxnOp};
+use etcd_client::{PutOptions, Txn, TxnOp, WatchOptions};
 use flannel_user::observe::status::Mode::{self, Ebpf, Netlink};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
@@ -60,10 +60,7 @@ struct Figures {
     subnet_file: Duration,
     ready: Duration,
     ready_again: Duration,
-    /// From the call, sorted.
-    from_call: Vec<Duration>,
-    /// From etcd's answer, sorted.
-    from_answer: Vec<Duration>,
+    puts: PutTimes,
     resident_mb: f64,
     peak_mb: f64,
 }
@@ -75,11 +72,12 @@ struct Figures {
 pub fn run(args: &ScaleArgs) -> Result<()> {
     println!(
         "subnet.env, ready: from exec, median of {} (ready: every entry and map in the kernel; \
-         again: all of it there already)\nput: until the route is there, {} leases one by one\n",
+         again: all of it there already)\nput: until the route is there, {} leases one by one; \
+         heard: until a client that only watches knows of it\n",
         args.starts, args.puts
     );
     println!(
-        "{:>6} {:<8} {:>10} {:>9} {:>9} {:>22} {:>22} {:>16}",
+        "{:>6} {:<8} {:>10} {:>9} {:>9} {:>20} {:>20} {:>20} {:>16}",
         "leases",
         "mode",
         "subnet.env",
@@ -87,6 +85,7 @@ pub fn run(args: &ScaleArgs) -> Result<()> {
         "again",
         "put median/p99",
         "answer median/p99",
+        "heard median/p99",
         "RSS now/peak MB"
     );
     for leases in &args.leases {
@@ -103,13 +102,14 @@ impl Figures {
         let pair =
             |sorted: &[Duration]| format!("{} / {}", ms(share(sorted, 50)), ms(share(sorted, 99)));
         format!(
-            "{leases:>6} {:<8} {:>10} {:>9} {:>9} {:>22} {:>22} {:>7.1} / {:.1}",
+            "{leases:>6} {:<8} {:>10} {:>9} {:>9} {:>20} {:>20} {:>20} {:>7.1} / {:.1}",
             format!("{mode:?}").to_lowercase(),
             ms(self.subnet_file),
             ms(self.ready),
             ms(self.ready_again),
-            pair(&self.from_call),
-            pair(&self.from_answer),
+            pair(&self.puts.route),
+            pair(&self.puts.after_answer),
+            pair(&self.puts.heard),
             self.resident_mb,
             self.peak_mb
         )
@@ -152,7 +152,7 @@ fn measure(args: &ScaleArgs, leases: u32, mode: Mode) -> Result<Figures> {
     }
     let (agent, ..) = start(&lab, node, &options)?;
     thread::sleep(Duration::from_secs(1));
-    let (from_call, from_answer) = time_puts(&etcd, node, args.puts)?;
+    let puts = time_puts(&etcd, node, args.puts)?;
     let status = fs::read_to_string(format!("/proc/{}/status", agent.pid()))?;
     let megabytes = |key: &str| -> Result<f64> {
         let line = status.lines().find_map(|line| line.strip_prefix(key));
@@ -163,8 +163,7 @@ fn measure(args: &ScaleArgs, leases: u32, mode: Mode) -> Result<Figures> {
         subnet_file: median(files),
         ready: median(readies),
         ready_again: median(again),
-        from_call,
-        from_answer,
+        puts,
         resident_mb: megabytes("VmRSS:")?,
         peak_mb: megabytes("VmHWM:")?,
     })
@@ -252,32 +251,82 @@ fn expect_everything(node: &Node, leases: u32) -> Result<()> {
     Ok(())
 }
 
-/// Writes leases one by one; for each the time until its route is there.
-fn time_puts(etcd: &Etcd, node: &Node, puts: u32) -> Result<(Vec<Duration>, Vec<Duration>)> {
+/// How long new leases took, each list sorted.
+struct PutTimes {
+    /// From the call until the route is there.
+    route: Vec<Duration>,
+    /// From etcd's answer until then.
+    after_answer: Vec<Duration>,
+    /// From the call until a client that only watches has heard of it.
+    heard: Vec<Duration>,
+}
+
+/// Writes leases one by one and waits for the route of each. What etcd and the machine take for
+/// themselves is told by a bare watcher beside.
+fn time_puts(etcd: &Etcd, node: &Node, puts: u32) -> Result<PutTimes> {
     let routes = new_routes(node)?;
-    let times = etcd.ask_within(PATIENCE * 5, |mut client| async move {
-        let mut times = Vec::new();
-        for number in 0..puts {
-            let (key, value) = lease(number, 0x0ac9_0000);
-            let begun = Instant::now();
-            client.put(key, value, None).await?;
-            let answered = Instant::now();
-            let Ok(there) = routes.recv_timeout(PATIENCE) else {
-                break;
-            };
-            times.push((
-                there.saturating_duration_since(begun),
-                there.saturating_duration_since(answered),
-            ));
-            tokio::time::sleep(Duration::from_millis(20)).await;
+    let (watcher, heard) = channel();
+    thread::scope(|scope| {
+        let watching = scope.spawn(|| watch(etcd, watcher, puts));
+        let _watches: Instant = heard.recv().context("the bare watcher ended")?;
+        let timed = etcd.ask_within(PATIENCE * 5, |mut client| async move {
+            let mut times = Vec::new();
+            for number in 0..puts {
+                let (key, value) = lease(number, 0x0ac9_0000);
+                let begun = Instant::now();
+                client.put(key, value, None).await?;
+                let answered = Instant::now();
+                let (Ok(there), Ok(heard)) =
+                    (routes.recv_timeout(PATIENCE), heard.recv_timeout(PATIENCE))
+                else {
+                    break;
+                };
+                times.push([
+                    there.saturating_duration_since(begun),
+                    there.saturating_duration_since(answered),
+                    heard.saturating_duration_since(begun),
+                ]);
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            Ok(times)
+        })?;
+        ensure!(
+            timed.len() == puts as usize,
+            "a route or an event never came"
+        );
+        watching.join().expect("it does not panic")?;
+        let sorted = |which: usize| {
+            let mut times: Vec<Duration> = timed.iter().map(|times| times[which]).collect();
+            times.sort_unstable();
+            times
+        };
+        Ok(PutTimes {
+            route: sorted(0),
+            after_answer: sorted(1),
+            heard: sorted(2),
+        })
+    })
+}
+
+/// Watches the leases and does nothing else: first the moment from which on it does, then one for
+/// each of `puts` events.
+fn watch(etcd: &Etcd, heard: Sender<Instant>, puts: u32) -> Result<()> {
+    etcd.ask_within(PATIENCE * 5, |mut client| async move {
+        let options = WatchOptions::new().with_prefix();
+        let mut events = client.watch(SUBNETS, Some(options)).await?;
+        let mut left = puts;
+        let _ = heard.send(Instant::now());
+        while left > 0
+            && let Some(message) = events.message().await?
+        {
+            let now = Instant::now();
+            for _ in message.events() {
+                left = left.saturating_sub(1);
+                let _ = heard.send(now);
+            }
         }
-        Ok(times)
-    })?;
-    ensure!(times.len() == puts as usize, "a route never came");
-    let (mut from_call, mut from_answer): (Vec<_>, Vec<_>) = times.into_iter().unzip();
-    from_call.sort_unstable();
-    from_answer.sort_unstable();
-    Ok((from_call, from_answer))
+        Ok(())
+    })
 }
 
 /// The moment of each route that is made on the node from now on.
