@@ -3,10 +3,12 @@
 //! A client worker runs one connection after the other; the server has a
 //! thread for each. The first bytes tell the server what to do (`Plan`).
 
+mod plan;
+mod tally;
+
 use std::{
     io::{self, Read, Write},
-    net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream},
-    os::fd::AsRawFd,
+    net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpStream},
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
@@ -15,11 +17,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use nix::time::{ClockId, clock_gettime};
-use serde::{Deserialize, Serialize};
+use socket2::SockRef;
 
 use super::{epoll, pattern, ready, socket, socket::is_timeout, told_to_finish};
+
+pub use self::{plan::Ending, tally::ConnectionsReport};
+use self::{
+    plan::Plan,
+    tally::{Tally, corrupt},
+};
 
 /// Stack of a connection's thread; there may be thousands.
 const STACK: usize = 128 * 1024;
@@ -27,51 +35,6 @@ const STACK: usize = 128 * 1024;
 const PIECE: usize = 16 * 1024;
 /// How far ahead a simultaneous close is arranged.
 const ARRANGED: Duration = Duration::from_millis(4);
-
-/// Who ends a connection, and how.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Ending {
-    /// The client's FIN comes first.
-    ClientFin,
-    /// The server's FIN comes first.
-    ServerFin,
-    /// The client closes with RST (`SO_LINGER` 0).
-    ClientRst,
-    /// The server does.
-    ServerRst,
-    /// The client's FIN, then data from the server, then its FIN.
-    HalfClose,
-    /// Both FINs at the same moment.
-    Simultaneous,
-    /// The client says nothing more and keeps the connection until told.
-    Silent,
-}
-
-impl Ending {
-    /// All whose client ends the connection by itself.
-    pub const ORDERLY: [Self; 6] = [
-        Self::ClientFin,
-        Self::ServerFin,
-        Self::ClientRst,
-        Self::ServerRst,
-        Self::HalfClose,
-        Self::Simultaneous,
-    ];
-
-    /// The word on the command line.
-    #[must_use]
-    pub fn name(self) -> String {
-        let value = clap::ValueEnum::to_possible_value(&self);
-        value.map_or_else(String::new, |value| value.get_name().to_owned())
-    }
-
-    fn from_byte(byte: u8) -> Option<Self> {
-        Self::ORDERLY
-            .into_iter()
-            .chain([Self::Silent])
-            .find(|ending| *ending as u8 == byte)
-    }
-}
 
 /// Arguments of the server.
 #[derive(Debug, clap::Args)]
@@ -120,173 +83,13 @@ pub struct ClientArgs {
     patience: f64,
 }
 
-/// What became of the connections at one end.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct ConnectionsReport {
-    /// Begun (or accepted).
-    pub begun: u64,
-    /// Could not be established.
-    pub failed: u64,
-    /// Were established.
-    pub established: u64,
-    /// Ended as they were meant to.
-    pub ended: u64,
-    /// Were reset though nobody meant to.
-    pub reset: u64,
-    /// Stood still for longer than the patience.
-    pub timeouts: u64,
-    /// Brought wrong bytes, or ended too early.
-    pub corrupt: u64,
-    /// Bytes received, all of them right unless `corrupt` says otherwise.
-    pub bytes: u64,
-    /// The first thing that went wrong.
-    pub first_error: Option<String>,
-    /// Time of it all.
-    pub seconds: f64,
-}
-
-impl ConnectionsReport {
-    /// Whatever did not go as meant.
-    #[must_use]
-    pub fn troubles(&self) -> u64 {
-        self.failed + self.reset + self.timeouts + self.corrupt
-    }
-
-    /// Demands that all went as meant.
-    ///
-    /// # Errors
-    /// Says what did not.
-    pub fn check(&self) -> Result<()> {
-        ensure!(
-            self.troubles() == 0 && self.ended == self.established,
-            "not every connection went as meant: {self:?}"
-        );
-        Ok(())
-    }
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Plan {
-    ending: Ending,
-    exchanges: u32,
-    size: u32,
-    response: u32,
-    seed: u64,
-}
-
-impl Plan {
-    const LENGTH: usize = 21;
-
-    fn encode(self) -> [u8; Self::LENGTH] {
-        let mut bytes = [0; Self::LENGTH];
-        bytes[0] = self.ending as u8;
-        bytes[1..5].copy_from_slice(&self.exchanges.to_le_bytes());
-        bytes[5..9].copy_from_slice(&self.size.to_le_bytes());
-        bytes[9..13].copy_from_slice(&self.response.to_le_bytes());
-        bytes[13..].copy_from_slice(&self.seed.to_le_bytes());
-        bytes
-    }
-
-    fn decode(bytes: [u8; Self::LENGTH]) -> io::Result<Self> {
-        let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four"));
-        Ok(Self {
-            ending: Ending::from_byte(bytes[0]).ok_or_else(|| corrupt("an unknown ending"))?,
-            exchanges: word(1),
-            size: word(5),
-            response: word(9),
-            seed: u64::from_le_bytes(bytes[13..].try_into().expect("eight")),
-        })
-    }
-
-    /// The data of exchange `number`, seen from the client.
-    fn seed_up(self, number: u32) -> u64 {
-        self.seed.wrapping_add(u64::from(number) << 32)
-    }
-
-    fn seed_down(self, number: u32) -> u64 {
-        !self.seed_up(number)
-    }
-}
-
-/// Counters that all threads of one end share.
-#[derive(Debug, Default)]
-struct Tally {
-    begun: AtomicU64,
-    failed: AtomicU64,
-    established: AtomicU64,
-    ended: AtomicU64,
-    reset: AtomicU64,
-    timeouts: AtomicU64,
-    corrupt: AtomicU64,
-    bytes: AtomicU64,
-    first_error: Mutex<Option<String>>,
-}
-
-impl Tally {
-    fn count(place: &AtomicU64) {
-        place.fetch_add(1, Ordering::Relaxed);
-    }
-
-    fn note(&self, outcome: io::Result<()>) {
-        let Err(error) = outcome else {
-            Self::count(&self.ended);
-            return;
-        };
-        Self::count(match error.kind() {
-            kind if kind == io::ErrorKind::InvalidData || kind == io::ErrorKind::UnexpectedEof => {
-                &self.corrupt
-            }
-            _ if is_timeout(&error) => &self.timeouts,
-            _ => &self.reset,
-        });
-        self.remember(&error);
-    }
-
-    fn remember(&self, error: &io::Error) {
-        let mut first = self
-            .first_error
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-        first.get_or_insert_with(|| error.to_string());
-    }
-
-    fn report(&self, start: Instant) -> ConnectionsReport {
-        let read = |place: &AtomicU64| place.load(Ordering::Relaxed);
-        ConnectionsReport {
-            begun: read(&self.begun),
-            failed: read(&self.failed),
-            established: read(&self.established),
-            ended: read(&self.ended),
-            reset: read(&self.reset),
-            timeouts: read(&self.timeouts),
-            corrupt: read(&self.corrupt),
-            bytes: read(&self.bytes),
-            first_error: self
-                .first_error
-                .lock()
-                .unwrap_or_else(std::sync::PoisonError::into_inner)
-                .clone(),
-            seconds: start.elapsed().as_secs_f64(),
-        }
-    }
-}
-
-fn corrupt(what: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, what)
-}
-
 /// Accepts and does what clients ask, until told.
 ///
 /// # Errors
 /// When the listener fails.
 pub fn serve(args: &ServeArgs) -> Result<ConnectionsReport> {
     epoll::allow_many_sockets()?;
-    let listener = listen(args.port)?;
-    // The standard library asks for a queue of 128; asking again lengthens it.
-    // SAFETY: no pointer is involved.
-    let result = unsafe { libc::listen(listener.as_raw_fd(), 4096) };
-    ensure!(result == 0, io::Error::last_os_error());
-    listener.set_nonblocking(true)?;
+    let listener = socket::tcp_listener(args.port)?;
     let epoll = epoll::Epoll::new()?;
     epoll.add(&listener, 0)?;
     let finish = told_to_finish();
@@ -402,18 +205,11 @@ pub fn client(args: &ClientArgs) -> Result<ConnectionsReport> {
     Ok(report)
 }
 
-/// Listens with room for as many as `net.core.somaxconn` lets wait; the standard library's are 128.
-fn listen(port: u16) -> io::Result<TcpListener> {
-    let socket = socket::tcp_from(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port))?;
-    socket.listen(i32::from(u16::MAX))?;
-    Ok(socket.into())
-}
-
 /// Connects from the port of connection `number`.
 fn connect(args: &ClientArgs, number: u64) -> io::Result<TcpStream> {
-    let (to, patience) = (args.to.into(), Duration::from_secs_f64(args.patience));
+    let patience = Duration::from_secs_f64(args.patience);
     let Some(first) = args.first_port else {
-        return TcpStream::connect_timeout(&to, patience);
+        return TcpStream::connect_timeout(&args.to.into(), patience);
     };
     let port = u16::try_from(u64::from(first) + number).map_err(io::Error::other)?;
     let socket = socket::tcp_from(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port))?;
@@ -540,14 +336,7 @@ fn expect_end(connection: &mut TcpStream) -> io::Result<()> {
 }
 
 fn close_with_reset(connection: TcpStream) -> io::Result<()> {
-    let linger = libc::linger {
-        l_onoff: 1,
-        l_linger: 0,
-    };
-    let mut bytes = [0; 8];
-    bytes[..4].copy_from_slice(&linger.l_onoff.to_ne_bytes());
-    bytes[4..].copy_from_slice(&linger.l_linger.to_ne_bytes());
-    socket::set_bytes(&connection, libc::SOL_SOCKET, libc::SO_LINGER, &bytes)?;
+    SockRef::from(&connection).set_linger(Some(Duration::ZERO))?;
     drop(connection);
     Ok(())
 }
@@ -561,27 +350,4 @@ fn close_at(connection: &mut TcpStream, at: Duration) -> io::Result<()> {
 /// The clock that all namespaces of this machine share.
 fn monotonic() -> io::Result<Duration> {
     Ok(Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_plan_survives_the_wire() {
-        for ending in Ending::ORDERLY {
-            let plan = Plan {
-                ending,
-                exchanges: 7,
-                size: 70_000,
-                response: 3,
-                seed: 1 << 60,
-            };
-            let read = Plan::decode(plan.encode()).expect("a plan");
-            assert_eq!(read.ending, ending);
-            assert_eq!((read.exchanges, read.size), (7, 70_000));
-            assert_eq!((read.response, read.seed), (3, 1 << 60));
-        }
-        assert!(Plan::decode([99; Plan::LENGTH]).is_err());
-    }
 }

@@ -175,7 +175,7 @@ pub fn serve(args: &ServeArgs) -> Result<ServeReport> {
             serve_udp(&server, || finish.load(Ordering::Relaxed))?
         }
         Protocol::Tcp => {
-            let listener = listen(args.port)?;
+            let listener = socket::tcp_listener(args.port)?;
             ready()?;
             serve_tcp(&listener, || finish.load(Ordering::Relaxed))?
         }
@@ -229,17 +229,6 @@ fn serve_tcp(listener: &TcpListener, finish: impl Fn() -> bool) -> Result<u64> {
         }
     }
     Ok(answered)
-}
-
-/// A listener that takes thousands of connections at once, and does not block.
-fn listen(port: u16) -> Result<TcpListener> {
-    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))?;
-    listener.set_nonblocking(true)?;
-    // The standard library asks for a queue of 128; asking again lengthens it.
-    // SAFETY: no pointer is involved.
-    let result = unsafe { libc::listen(listener.as_raw_fd(), 4096) };
-    ensure!(result == 0, io::Error::last_os_error());
-    Ok(listener)
 }
 
 /// Asks.

@@ -3,7 +3,7 @@
 use std::{
     io,
     mem::{self, MaybeUninit},
-    net::{Ipv4Addr, SocketAddrV4, UdpSocket},
+    net::{Ipv4Addr, SocketAddrV4, TcpListener, UdpSocket},
     os::fd::{AsRawFd, RawFd},
     ptr,
 };
@@ -26,6 +26,18 @@ pub fn tcp_from(from: SocketAddrV4) -> io::Result<Socket> {
     socket.set_reuse_address(true)?;
     socket.bind(&from.into())?;
     Ok(socket)
+}
+
+/// A listener that does not block, with room for as many as `net.core.somaxconn` lets wait; the
+/// standard library's have room for 128.
+///
+/// # Errors
+/// When another one has the port.
+pub fn tcp_listener(port: u16) -> io::Result<TcpListener> {
+    let socket = tcp_from(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port))?;
+    socket.set_nonblocking(true)?;
+    socket.listen(i32::from(u16::MAX))?;
+    Ok(socket.into())
 }
 
 /// Sets an integer option.
