@@ -58,6 +58,8 @@ pub const NOTED: &str = "NOTED";
 pub const CANDIDATES_OUT: &str = "CANDIDATES_OUT";
 /// Per-CPU array of [`Candidate`], way in.
 pub const CANDIDATES_IN: &str = "CANDIDATES_IN";
+/// Array of [`Answered`]: handshakes that have only their last packet to come.
+pub const HANDSHAKES: &str = "HANDSHAKES";
 /// Array with one [`Epoch`].
 pub const EPOCH: &str = "EPOCH";
 /// Array of `u32`: generation of whatever hashes there, see [`generation_slot`].
@@ -109,6 +111,8 @@ pub const NOTES: u32 = 128;
 pub const TRAILS: u32 = 2_048;
 /// Candidates per CPU and direction.
 pub const CANDIDATES: u32 = 8_192;
+/// Places in `HANDSHAKES`, for all CPUs together. One that another handshake took is none.
+pub const HANDSHAKE_PLACES: u32 = 4_096;
 /// Places in `GENERATIONS`. Two things in one place cost a needless look at the stack, no more.
 pub const GENERATION_SLOTS: u32 = 4_096;
 /// Words of `EXCLUDED_PORTS`.
@@ -386,6 +390,22 @@ pub struct Trail {
     pub ambiguous: u16,
 }
 const _: () = assert!(size_of::<Trail>() == 4);
+
+/// Value of `HANDSHAKES`: the answer to a pod's SYN has come out of the stack. Two CPUs that write to
+/// one place at once leave something that fits neither handshake.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Answered {
+    /// [`crate::hash::flow`] of the connection as the pod sends it.
+    pub flow: u64,
+    /// Hash of where the stack takes the answer from, and of the generation of classes then.
+    pub way: u32,
+    /// DSCP of the answer, in the upper six bits.
+    pub dscp: u8,
+    /// Always zero.
+    pub _pad: [u8; 3],
+}
+const _: () = assert!(size_of::<Answered>() == 16);
 
 /// What was not seen often enough yet: a flow, or a flow with one outcome.
 #[repr(C)]

@@ -12,6 +12,30 @@ use crate::{
     tables::Tables,
 };
 
+/// The packet that a verdict rests on.
+#[derive(Clone, Copy, Debug)]
+pub struct Shown {
+    /// Its flow, as it came into the stack.
+    pub key: FlowKey,
+    /// Global generation then.
+    pub generation: u32,
+    /// TOS byte.
+    pub tos: u8,
+}
+
+impl Shown {
+    /// A packet that was noted.
+    #[inline(always)]
+    #[must_use]
+    pub const fn by(note: &Note) -> Self {
+        Self {
+            key: note.key,
+            generation: note.generation,
+            tos: note.tos,
+        }
+    }
+}
+
 /// What the stack made of a pod's packet, in full.
 #[derive(Clone, Copy, Debug)]
 pub struct Left<'a> {
@@ -143,7 +167,15 @@ impl Left<'_> {
             return Err(Reason::LearnOutExcluded);
         }
         let (before, far) = ((note.key.dst, note.key.dport), (self.far, self.far_port));
-        entry.verdict = verdict(note, tables, now, note.key.src, peer, before, far);
+        entry.verdict = verdict(
+            &Shown::by(note),
+            tables,
+            now,
+            note.key.src,
+            peer,
+            before,
+            far,
+        );
         entry.ingress = note.ifindex;
         entry.uplink = self.uplink;
         entry.mark = self.mark;
@@ -204,28 +236,28 @@ impl Arrived {
     #[inline(always)]
     pub fn entry<T: Tables>(
         &self,
-        note: &Note,
+        shown: &Shown,
         tables: &T,
         now: u32,
         entry: &mut InFlow,
     ) -> Result<(), Reason> {
         let node = tables.node().ok_or(Reason::LearnInNotPod)?;
         let pod = tables
-            .local_pod(note.key.dst)
+            .local_pod(shown.key.dst)
             .filter(|pod| may_bypass(pod, self.pod))
             .ok_or(Reason::LearnInNotPod)?;
         let peer = tables
-            .remote(note.key.src)
+            .remote(shown.key.src)
             .filter(|remote| remote.vni == node.vni)
             .ok_or(Reason::LearnInNotPeer)?
             .node;
         if node.flags & HAS_EXCLUSIONS != 0
-            && is_excluded(tables, &note.key, self.far, self.far_port)
+            && is_excluded(tables, &shown.key, self.far, self.far_port)
         {
             return Err(Reason::LearnInExcluded);
         }
-        let (before, far) = ((note.key.src, note.key.sport), (self.far, self.far_port));
-        entry.verdict = verdict(note, tables, now, note.key.dst, peer, before, far);
+        let (before, far) = ((shown.key.src, shown.key.sport), (self.far, self.far_port));
+        entry.verdict = verdict(shown, tables, now, shown.key.dst, peer, before, far);
         entry.pod = self.pod;
         entry.mtu = pod.mtu;
         entry.node = peer;
@@ -257,7 +289,7 @@ type End = ([u8; 4], [u8; 2]);
 /// The part that both directions have alike. The far end was `before` and is `far` afterwards.
 #[inline(always)]
 fn verdict<T: Tables>(
-    note: &Note,
+    shown: &Shown,
     tables: &T,
     now: u32,
     pod: [u8; 4],
@@ -271,16 +303,16 @@ fn verdict<T: Tables>(
         far_port: far.1,
         ip_delta: checksum::difference(before.0, far.0),
         translated: u8::from(far != before),
-        tag: hash::tag(&note.key),
+        tag: hash::tag(&shown.key),
         seen: now,
         probed: now,
-        generation: note.generation,
+        generation: shown.generation,
         pod_generation: tables.generation(pod_slot),
         peer_generation: tables.generation(peer_slot),
         since: now,
         pod_slot: pod_slot as u16,
         peer_slot: peer_slot as u16,
-        dscp: note.tos & 0xfc,
+        dscp: shown.tos & 0xfc,
         ..Verdict::default()
     }
 }

@@ -8,7 +8,7 @@
 //! * in from a peer: [`decap::deliver`] decides;
 //! * both look first for what was learned of the flow: [`learned`] with [`validity`];
 //! * [`own`] carries connections from their SYN on;
-//! * [`sighting`], [`candidate`] and [`learn`] watch what the stack does with the rest;
+//! * [`sighting`], [`candidate`], [`handshaken`] and [`learn`] watch what the stack does with the rest;
 //! * whatever is not forwarded has one [`reason::Reason`].
 
 #![cfg_attr(not(any(test, feature = "rows")), no_std)]
@@ -20,6 +20,7 @@ pub mod ecn;
 pub mod encap;
 pub mod flow;
 pub mod frame;
+pub mod handshaken;
 pub mod hash;
 pub mod header;
 pub mod layout;

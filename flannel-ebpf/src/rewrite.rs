@@ -112,7 +112,7 @@ mod tests {
         ecn,
         header::{TCP, UDP},
         layout::{Note, TEMPLATE_LEN},
-        learn::{Arrived, Left, neutralize},
+        learn::{Arrived, Left, Shown, neutralize},
         outer::INNER_IP,
         random::{Random, packet, recomputed, sum},
         rows::{self, Fixture},
@@ -257,7 +257,7 @@ mod tests {
         };
         let mut flow = InFlow::zeroed();
         arrived
-            .entry(&noted, fixture, 1, &mut flow)
+            .entry(&Shown::by(&noted), fixture, 1, &mut flow)
             .expect("an entry");
         assert_eq!(
             delivered(&flow, &ip, tos).as_ref(),

@@ -14,7 +14,7 @@ use flannel_ebpf::{
     frame::Bytes,
     header::{TCP, UDP},
     layout::{FlowKey, InFlow, LocalPod, MODE_VXLAN, Note, OutFlow, RemoteSubnet, TEMPLATE_LEN},
-    learn::{Arrived, Left, neutralize},
+    learn::{Arrived, Left, Shown, neutralize},
     outer::INNER_IP,
     packet::Packet,
     random::{self, Random},
@@ -220,7 +220,7 @@ fn compare_in(came: &[Vec<u8>], got: &[Vec<u8>], tables: &Fixture) -> Result<usi
             macs: [0; 12],
         };
         let mut flow: InFlow = bytemuck::Zeroable::zeroed();
-        way.entry(&noted, tables, 1, &mut flow)
+        way.entry(&Shown::by(&noted), tables, 1, &mut flow)
             .map_err(|reason| anyhow::anyhow!("no entry: {reason:?}"))?;
         ensure!(flow.verdict.translated == 1, "{ip:02x?} was not translated");
         flows.insert(noted.key, flow);

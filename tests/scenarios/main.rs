@@ -18,6 +18,7 @@ mod direct;
 mod etcd_faults;
 mod flows;
 mod forged;
+mod handshaken;
 mod health;
 mod kernel_rewrite;
 mod lab_itself;

@@ -3,8 +3,11 @@
 use aya_ebpf::programs::TcContext;
 use flannel_ebpf::{
     frame::Frame as _,
+    handshaken::{self, End},
+    hash,
     header::Ethernet,
     layout::{FAST_PATH_CLASSES, FlowKey, MODE_VXLAN, NodeConfig, Note, generation_slot},
+    learn::{Arrived, Shown},
     own::{
         self,
         class::{self, Now},
@@ -30,8 +33,11 @@ struct Passed {
     is_matched: bool,
     /// Address and port of both ends are what they were.
     is_same: bool,
-    /// And nothing else was changed, and no change of rules came in between.
-    counts: bool,
+    /// Nothing was changed but, perhaps, address and port of the far end, and no change of rules
+    /// came in between.
+    is_whole: bool,
+    /// The far end before.
+    far: End,
 }
 
 #[inline(always)]
@@ -40,20 +46,23 @@ fn passed(leaving: &Note, wire: &FlowKey, pod: u32, node: &NodeConfig, way: Way)
         return Passed {
             is_matched: false,
             is_same: false,
-            counts: false,
+            is_whole: false,
+            far: ([0; 4], [0; 2]),
         };
     };
     // SAFETY: a per-CPU value that nothing writes during this run.
     let note = unsafe { &*note };
-    let is_same = note.key == *wire;
     Passed {
         is_matched: true,
-        is_same,
-        counts: outcome == Match::Same
-            && is_same
+        is_same: note.key == *wire,
+        is_whole: outcome == Match::Same
             && note.generation == KernelTables.epoch().class_generation
             // On the way out the pod's own veth; on the way in the tunnel.
             && (matches!(way, Way::In) || note.ifindex == pod),
+        far: match way {
+            Way::Out => (note.key.dst, note.key.dport),
+            Way::In => (note.key.src, note.key.sport),
+        },
     }
 }
 
@@ -72,7 +81,7 @@ pub(super) fn left(
     if is_syn && let Some(reason) = tuple_taken(&packet.key, passed.is_matched && passed.is_same) {
         return Some(reason);
     }
-    if !passed.counts || node.flags & FAST_PATH_CLASSES == 0 {
+    if !(passed.is_whole && passed.is_same) || node.flags & FAST_PATH_CLASSES == 0 {
         return None;
     }
     // The way that own connections go must be the stack's.
@@ -98,11 +107,12 @@ pub(super) fn arrived(
     node: &NodeConfig,
 ) -> Option<Reason> {
     let pod = KernelTables.local_pod(packet.key.dst)?;
-    if !passed(leaving, &packet.key, pod.ifindex, node, Way::In).counts {
+    let passed = passed(leaving, &packet.key, pod.ifindex, node, Way::In);
+    if !passed.is_whole {
         return None;
     }
     let ethernet = frame.at::<Ethernet>(0)?;
-    let peer = KernelTables.remote(packet.key.src)?;
+    let peer = KernelTables.remote(passed.far.0)?;
     if pod.ifindex != frame.meta().ifindex
         || ethernet.destination != pod.mac
         || ethernet.source != pod.gateway_mac
@@ -110,8 +120,92 @@ pub(super) fn arrived(
         return None;
     }
     let is_syn = own::is_opening(packet.tcp_flags);
-    tell(&packet.key.reversed(), packet, Way::In, is_syn, peer.node);
+    let key = packet.key.reversed();
+    if !is_syn {
+        await_last(&key, passed.far, packet.tos & 0xfc, node);
+    }
+    if passed.is_same && node.flags & FAST_PATH_CLASSES != 0 {
+        tell(&key, packet, Way::In, is_syn, peer.node);
+    }
     None
+}
+
+/// The answer to a SYN of a pod has come out of the stack: see [`handshaken`]. `key` is the
+/// connection as the pod sends it, `wire` who answered it as the tunnel knows him.
+#[inline(always)]
+fn await_last(key: &FlowKey, wire: End, dscp: u8, node: &NodeConfig) {
+    let flow = hash::flow(key, node.seed);
+    let Some(place) = maps::handshake(flow) else {
+        return;
+    };
+    let generation = KernelTables.epoch().class_generation;
+    // SAFETY: a map's value; what two CPUs write at once fits no handshake.
+    unsafe { *place = handshaken::answered(flow, wire, generation, dscp) };
+}
+
+/// Is a packet that a pod sends the last of a handshake that the stack carries, and does the agent
+/// let connections bypass from their beginning on?
+#[inline(always)]
+pub(super) fn is_last(flow: u64, node: &NodeConfig) -> bool {
+    opening::is_wanted(node)
+        && opening::is_open(&KernelTables.epoch(), maps::jiffies())
+        // SAFETY: a map's value; plain words.
+        && maps::handshake(flow)
+            .is_some_and(|noted| handshaken::is_awaited(unsafe { &*noted }, flow))
+}
+
+/// A pod's packet of no known flow, `key` as the pod sent it, has come out of the stack bound for
+/// `wire`. If its connection's handshake is over with that: the DSCP of the other direction.
+#[inline(always)]
+pub(super) fn ended(key: &FlowKey, wire: End, node: &NodeConfig) -> Option<u8> {
+    let flow = hash::flow(key, node.seed);
+    if !is_last(flow, node) {
+        return None;
+    }
+    let noted = maps::handshake(flow)?;
+    let generation = KernelTables.epoch().class_generation;
+    // SAFETY: as in `await_last`.
+    unsafe {
+        if !handshaken::is_over(&*noted, flow, wire, generation) {
+            return None;
+        }
+        // The place is free for the next one.
+        (*noted).flow = 0;
+        Some((*noted).dscp)
+    }
+}
+
+/// Learns the way in of a connection whose handshake is over, by what the answer to its SYN has
+/// shown: it was delivered as the pod's own headers say, see [`arrived`].
+#[inline(always)]
+pub(super) fn learn_answers(note: &Note, wire: &FlowKey, dscp: u8, now: u32) -> Result<(), Reason> {
+    let pod = KernelTables
+        .local_pod(note.key.src)
+        .ok_or(Reason::LearnInNotPod)?;
+    let (to, from) = (pod.mac, pod.gateway_mac);
+    let arrived = Arrived {
+        far: note.key.dst,
+        far_port: note.key.dport,
+        pod: pod.ifindex,
+        macs: [
+            to[0], to[1], to[2], to[3], to[4], to[5], from[0], from[1], from[2], from[3], from[4],
+            from[5],
+        ],
+    };
+    let shown = Shown {
+        key: wire.reversed(),
+        generation: note.generation,
+        tos: dscp,
+    };
+    let entry = maps::scratch_in().ok_or(Reason::LearnInNoRoom)?;
+    // SAFETY: a per-CPU value; programs at TC do not interrupt each other on one CPU.
+    let entry = unsafe { &mut *entry };
+    arrived.entry(&shown, &KernelTables, now, entry)?;
+    if maps::keep_in(&shown.key, entry) {
+        Ok(())
+    } else {
+        Err(Reason::LearnInNoRoom)
+    }
 }
 
 /// Tells the class what has passed. `key` is as the pod sends it.

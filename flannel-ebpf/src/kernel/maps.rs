@@ -6,11 +6,12 @@ use aya_ebpf::{
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, lpm_trie::Key},
 };
 use flannel_ebpf::{
+    handshaken,
     layout::{
-        CANDIDATES, Candidate, Class, ClassKey, DEFAULT_FLOWS, Epoch, FlowKey, GENERATION_SLOTS,
-        InFlow, LocalPod, MAX_CLASSES, MAX_EXCLUDED_SUBNETS, MAX_LOCAL_PODS, MAX_REMOTE_SUBNETS,
-        NOTES, NodeConfig, Note, OWN_FLOWS, OutFlow, OwnFlow, PORT_WORDS, RemoteSubnet,
-        TEMPLATE_LEN, TRAILS, Tally, Trail,
+        Answered, CANDIDATES, Candidate, Class, ClassKey, DEFAULT_FLOWS, Epoch, FlowKey,
+        GENERATION_SLOTS, HANDSHAKE_PLACES, InFlow, LocalPod, MAX_CLASSES, MAX_EXCLUDED_SUBNETS,
+        MAX_LOCAL_PODS, MAX_REMOTE_SUBNETS, NOTES, NodeConfig, Note, OWN_FLOWS, OutFlow, OwnFlow,
+        PORT_WORDS, RemoteSubnet, TEMPLATE_LEN, TRAILS, Tally, Trail,
     },
     reason::Reason,
     sighting::Way,
@@ -75,6 +76,9 @@ static CANDIDATES_OUT: PerCpuArray<Candidate> = PerCpuArray::with_max_entries(CA
 
 #[map]
 static CANDIDATES_IN: PerCpuArray<Candidate> = PerCpuArray::with_max_entries(CANDIDATES, 0);
+
+#[map]
+static HANDSHAKES: Array<Answered> = Array::with_max_entries(HANDSHAKE_PLACES, 0);
 
 /// Room beside the stack.
 #[map]
@@ -248,6 +252,12 @@ pub(super) fn candidate(way: Way, hash: u64) -> Option<*mut Candidate> {
         Way::Out => CANDIDATES_OUT.get_ptr_mut(place),
         Way::In => CANDIDATES_IN.get_ptr_mut(place),
     }
+}
+
+/// What is noted where the handshake of a connection with this [`flannel_ebpf::hash::flow`] is.
+#[inline(always)]
+pub(super) fn handshake(flow: u64) -> Option<*mut Answered> {
+    HANDSHAKES.get_ptr_mut(handshaken::place(flow))
 }
 
 /// One in sixteen, by chance.

@@ -21,7 +21,7 @@ use flannel_ebpf::{
     encap::{self, Leave},
     frame::Frame as _,
     header::{self, Ethernet},
-    layout::{FAST_PATH_CLASSES, FAST_PATH_LEARNED, FlowKey, NodeConfig, Verdict},
+    layout::{FAST_PATH_LEARNED, FlowKey, NodeConfig, Verdict},
     learned::Hit,
     outer::INNER_IP,
     own::opening,
@@ -231,7 +231,7 @@ fn unknown_in(
             Own::Stranger | Own::Opening => {}
         }
     }
-    if packet.is_handshake() && node.flags & FAST_PATH_CLASSES != 0 {
+    if packet.is_handshake() && opening::is_wanted(node) {
         wire.set_sign(sign::KNOWN);
     }
     Err(decap::unknown(packet))

@@ -7,10 +7,8 @@ use flannel_ebpf::{
     frame::Frame as _,
     hash,
     header::Ethernet,
-    layout::{
-        Candidate, FAST_PATH_CLASSES, FlowKey, NodeConfig, Note, TEMPLATE_LEN, Trail, Verdict,
-    },
-    learn::{self, Arrived, Left},
+    layout::{Candidate, FlowKey, NodeConfig, Note, TEMPLATE_LEN, Trail, Verdict},
+    learn::{self, Arrived, Left, Shown},
     outer::INNER_IP,
     own::opening,
     packet::Packet,
@@ -20,7 +18,7 @@ use flannel_ebpf::{
 };
 
 use super::{
-    ETHERNET, handshake,
+    ETHERNET, counters, handshake,
     maps::{self, KernelTables},
     wire::{self, Wire, sign},
 };
@@ -79,7 +77,11 @@ pub(super) fn is_met(packet: &Packet, node: &NodeConfig, way: Way) -> bool {
     if strange == 0 {
         return true;
     }
-    let seen = times(way, hash::flow(&packet.key, node.seed), 0);
+    let flow = hash::flow(&packet.key, node.seed);
+    if matches!(way, Way::Out) && handshake::is_last(flow, node) {
+        return true;
+    }
+    let seen = times(way, flow, 0);
     seen.is_some_and(|(_, times)| times > strange)
 }
 
@@ -276,8 +278,18 @@ pub(super) fn left(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Optio
             return Some(Reason::LearnOutChanged);
         }
     }
-    if !known && !enough(Way::Out, left.hash(&note.key, node.seed), note) {
+    let answers = if known {
+        None
+    } else {
+        handshake::ended(&note.key, (left.far, left.far_port), node)
+    };
+    if !known && answers.is_none() && !enough(Way::Out, left.hash(&note.key, node.seed), note) {
         return Some(Reason::LearnOutCounted);
+    }
+    if let Some(dscp) = answers {
+        let learned = handshake::learn_answers(note, &packet.key, dscp, leaving.at);
+        let reason = learned.map_or_else(|reason| reason, |()| Reason::LearnInLearned);
+        counters::count(reason, 0);
     }
     // SAFETY: as the template.
     let entry = unsafe { &mut *maps::scratch_out()? };
@@ -298,7 +310,7 @@ pub(super) fn left(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Optio
 #[inline(always)]
 pub(super) fn arrived(wire: &Wire, node: &NodeConfig) -> Option<Reason> {
     let packet = Packet::read(wire, ETHERNET)?;
-    let is_handshake = node.flags & FAST_PATH_CLASSES != 0 && packet.is_handshake();
+    let is_handshake = opening::is_wanted(node) && packet.is_handshake();
     if packet.is_boundary() && !is_handshake {
         return None;
     }
@@ -346,7 +358,7 @@ pub(super) fn arrived(wire: &Wire, node: &NodeConfig) -> Option<Reason> {
     // SAFETY: a per-CPU value; programs at TC do not interrupt each other on one CPU.
     let entry = unsafe { &mut *maps::scratch_in()? };
     Some(
-        match arrived.entry(note, &KernelTables, leaving.at, entry) {
+        match arrived.entry(&Shown::by(note), &KernelTables, leaving.at, entry) {
             Ok(()) if maps::keep_in(&note.key, entry) => Reason::LearnInLearned,
             Ok(()) => Reason::LearnInNoRoom,
             Err(reason) => {

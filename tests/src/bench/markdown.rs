@@ -6,7 +6,7 @@ use super::{
     growth::Curve,
     measure::{PROBES, Target},
     plot::data::{HEADLINES, speed},
-    program::ProgramCost,
+    program::{LOADS, ProgramCost},
     results::{Report, Row},
     side::NETLINK,
     stats::{Better, Difference, Summary},
@@ -188,30 +188,34 @@ fn spread(summary: &Summary) -> String {
 }
 
 fn programs(all: &[ProgramCost]) -> String {
-    let mut text = "| side | program | instructions | machine code | verifier's steps | under `tcp_rr`: ns a run × runs a transaction | under `tcp_crr` | under `first_packet` | ns, single runs |\n\
-                    |---|---|---:|---:|---:|---:|---:|---:|---:|\n"
-        .to_owned();
-    for one in all {
-        let load = |measure: &str| {
-            let load = one.under_load.iter().find(|load| load.measure == measure);
-            load.map_or(String::new(), |load| {
-                format!("{:.0} × {:.1}", load.ns, load.runs_per_transaction)
-            })
+    let mut text = "| side | program | instructions | machine code | verifier's steps ".to_owned();
+    for (measure, target) in LOADS {
+        let through = match target {
+            Target::Pod => "",
+            Target::Service => ", through a ClusterIP",
         };
-        writeln!(
+        write!(text, "| under `{measure}`{through} ").expect("a string takes everything");
+    }
+    text += "| ns, single runs |\n|---|---|---:|---:|---:|";
+    text += &"---:|".repeat(LOADS.len() + 1);
+    text.push('\n');
+    for one in all {
+        write!(
             text,
-            "| {} | `{}` | {} | {} B | {} | {} | {} | {} | {} |",
-            one.side,
-            one.program,
-            one.instructions,
-            one.machine_code,
-            one.verified,
-            load("tcp_rr"),
-            load("tcp_crr"),
-            load("first_packet"),
-            one.test_run_ns.as_ref().map_or(String::new(), spread)
+            "| {} | `{}` | {} | {} B | {} ",
+            one.side, one.program, one.instructions, one.machine_code, one.verified,
         )
         .expect("a string takes everything");
+        for (measure, target) in LOADS {
+            let mut loads = one.under_load.iter();
+            let load = loads.find(|load| load.measure == measure && load.to == target.name());
+            let load = load.map_or(String::new(), |load| {
+                format!("{:.0} × {:.1}", load.ns, load.runs_per_transaction)
+            });
+            write!(text, "| {load} ").expect("a string takes everything");
+        }
+        let single = one.test_run_ns.as_ref().map_or(String::new(), spread);
+        writeln!(text, "| {single} |").expect("a string takes everything");
     }
     text += "\n| side | map | entries at most | memory |\n|---|---|---:|---:|\n";
     let mut seen = std::collections::BTreeSet::new();

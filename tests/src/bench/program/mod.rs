@@ -16,15 +16,25 @@ pub use self::{
     single::{openings_to, random_destinations},
     statistics::UnderLoad,
 };
-use super::{measure::PROBES, probe::Pace, stage::Stage, stats::Summary};
+use super::{
+    measure::{PROBES, Target},
+    probe::Pace,
+    stage::Stage,
+    stats::Summary,
+};
 use crate::namespace::Namespace;
 
 /// All of them, in the order in which a packet meets them.
 const PROGRAMS: [&str; 5] = [FROM_POD, TO_UPLINK, FROM_UPLINK, FROM_TUNNEL, TO_POD];
 /// The ones that forward: they can be run by themselves.
 const FORWARDING: [&str; 2] = [FROM_POD, FROM_UPLINK];
-/// Under whose traffic they are watched.
-const LOADS: [&str; 3] = ["tcp_rr", "tcp_crr", "first_packet"];
+/// Under whose traffic they are watched, in the order of the table's columns.
+pub const LOADS: [(&str, Target); 4] = [
+    ("tcp_rr", Target::Pod),
+    ("tcp_crr", Target::Pod),
+    ("tcp_crr", Target::Service),
+    ("first_packet", Target::Pod),
+];
 
 /// One program of one side.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -60,10 +70,13 @@ const PINS: &str = "/sys/fs/bpf/flannel";
 pub fn weigh(stage: &Stage, pace: Pace) -> Result<Vec<ProgramCost>> {
     let (client, server) = stage.pods().context("this side has no pods")?;
     stage.warm_up()?;
-    let loads = PROBES
+    let loads = LOADS
         .iter()
-        .filter(|probe| LOADS.contains(&probe.name))
-        .map(|probe| statistics::under(stage, probe, pace))
+        .map(|(name, target)| {
+            let probe = PROBES.iter().find(|probe| probe.name == *name);
+            let probe = probe.with_context(|| format!("no measure {name}"))?;
+            statistics::under(stage, probe, *target, pace)
+        })
         .collect::<Result<Vec<_>>>()?;
     let mut costs = Vec::new();
     for name in PROGRAMS {

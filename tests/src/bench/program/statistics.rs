@@ -22,6 +22,8 @@ use crate::bench::{
 pub struct UnderLoad {
     /// The measure whose traffic passed.
     pub measure: String,
+    /// Where it went: `pod` or `service`.
+    pub to: String,
     /// Nanoseconds of a run, the statistics' own 20 or so included.
     pub ns: f64,
     /// Runs that this is the mean of.
@@ -35,11 +37,12 @@ pub struct UnderLoad {
 pub(super) fn under(
     stage: &Stage,
     probe: &Probe,
+    target: Target,
     pace: Pace,
 ) -> Result<BTreeMap<&'static str, UnderLoad>> {
     let statistics = enable_stats(Stats::RunTime).context("cannot switch BPF statistics on")?;
     let before = spent(stage)?;
-    let outcome = probe::run(stage, probe, Target::Pod, pace)?;
+    let outcome = probe::run(stage, probe, target, pace)?;
     let after = spent(stage)?;
     drop(statistics);
     let transactions = outcome
@@ -53,6 +56,7 @@ pub(super) fn under(
             let runs = runs - runs_before;
             let load = UnderLoad {
                 measure: probe.name.to_owned(),
+                to: target.name().to_owned(),
                 ns: (time - time_before) / runs as f64,
                 runs,
                 runs_per_transaction: runs as f64 / transactions as f64,
