@@ -1,10 +1,9 @@
-//! Connections that a pod opens and whose handshake the stack carries.
+//! Connections that a pod opens through a Service: only the stack can say whom their SYN reaches.
 //!
 //! Once the answer to the SYN has come out of the stack, the pod's acknowledgement is all that is
 //! missing. Where that comes out of it too, the stack has shown both ways of the connection and
 //! conntrack calls it established: what follows needs no further proof. So a short connection
-//! through a Service, whose translation only the kernel can choose, sends through the stack its
-//! handshake and its end, and no more.
+//! sends through the stack its handshake and its end, and no more.
 
 use crate::{
     hash,

@@ -58,7 +58,7 @@ pub const NOTED: &str = "NOTED";
 pub const CANDIDATES_OUT: &str = "CANDIDATES_OUT";
 /// Per-CPU array of [`Candidate`], way in.
 pub const CANDIDATES_IN: &str = "CANDIDATES_IN";
-/// Array of [`Answered`]: handshakes that have only their last packet to come.
+/// Array of [`Answered`]: handshakes through a Service that have only their last packet to come.
 pub const HANDSHAKES: &str = "HANDSHAKES";
 /// Array with one [`Epoch`].
 pub const EPOCH: &str = "EPOCH";
@@ -391,7 +391,7 @@ pub struct Trail {
 }
 const _: () = assert!(size_of::<Trail>() == 4);
 
-/// Value of `HANDSHAKES`: the answer to a pod's SYN has come out of the stack. Two CPUs that write to
+/// Value of `HANDSHAKES`: the answer to a pod's SYN has come out of the stack, translated. Two CPUs that write to
 /// one place at once leave something that fits neither handshake.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]

@@ -121,17 +121,18 @@ pub(super) fn arrived(
     }
     let is_syn = own::is_opening(packet.tcp_flags);
     let key = packet.key.reversed();
-    if !is_syn {
-        await_last(&key, passed.far, packet.tos & 0xfc, node);
-    }
-    if passed.is_same && node.flags & FAST_PATH_CLASSES != 0 {
+    if !passed.is_same {
+        if !is_syn {
+            await_last(&key, passed.far, packet.tos & 0xfc, node);
+        }
+    } else if node.flags & FAST_PATH_CLASSES != 0 {
         tell(&key, packet, Way::In, is_syn, peer.node);
     }
     None
 }
 
-/// The answer to a SYN of a pod has come out of the stack: see [`handshaken`]. `key` is the
-/// connection as the pod sends it, `wire` who answered it as the tunnel knows him.
+/// The answer to a SYN that a pod sent to a Service has come out of the stack: see [`handshaken`].
+/// `key` is the connection as the pod sends it, `wire` who answered it as the tunnel knows him.
 #[inline(always)]
 fn await_last(key: &FlowKey, wire: End, dscp: u8, node: &NodeConfig) {
     let flow = hash::flow(key, node.seed);
@@ -143,15 +144,17 @@ fn await_last(key: &FlowKey, wire: End, dscp: u8, node: &NodeConfig) {
     unsafe { *place = handshaken::answered(flow, wire, generation, dscp) };
 }
 
-/// Is a packet that a pod sends the last of a handshake that the stack carries, and does the agent
-/// let connections bypass from their beginning on?
+/// Is a packet that a pod sends the last of such a handshake, and does the agent let connections
+/// bypass from their beginning on?
 #[inline(always)]
 pub(super) fn is_last(flow: u64, node: &NodeConfig) -> bool {
-    opening::is_wanted(node)
-        && opening::is_open(&KernelTables.epoch(), maps::jiffies())
+    if !opening::is_wanted(node) || !opening::is_open(&KernelTables.epoch(), maps::jiffies()) {
+        return false;
+    }
+    maps::handshake(flow).is_some_and(|noted| {
         // SAFETY: a map's value; plain words.
-        && maps::handshake(flow)
-            .is_some_and(|noted| handshaken::is_awaited(unsafe { &*noted }, flow))
+        handshaken::is_awaited(unsafe { &*noted }, flow)
+    })
 }
 
 /// A pod's packet of no known flow, `key` as the pod sent it, has come out of the stack bound for
