@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use lab::{
     classes::{established, own, poll_status, until_own_tables_are_empty},
-    closing::{Left, in_every_orderly_way},
+    closing::{Left, forget_resets_after, in_every_orderly_way},
     conntrack::{self, Census, check_alike},
     kube::{CONNECTIONS_PORT, Kube, Side, Via, on, pause},
     paths::{self, Way},
@@ -69,8 +69,12 @@ fn so_it_does_where_all_else_bypasses_from_the_syn_on() {
     on(Side::Direct, carried_between);
 }
 
+/// Conntrack keeps connections that were reset for so many seconds.
+const AFTER_RESET: u32 = 3;
+
 /// What connections that end in every way leave on the client's node.
 fn closed(kube: &Kube) -> Result<Left> {
+    forget_resets_after(kube, AFTER_RESET)?;
     let count = u64::from(repetitions(150, 3_000));
     let what = format!("{:?}", kube.side());
     let troubles = in_every_orderly_way(&what, |ending| {
@@ -89,8 +93,8 @@ fn closed(kube: &Kube) -> Result<Left> {
         until_own_tables_are_empty([a, b])?;
         println!("{:?}", own(a)?);
     }
-    // Entries of connections that were reset stay for 10 s.
-    pause(11.0);
+    // Its timer has a resolution of its own.
+    pause(f64::from(AFTER_RESET) + 2.0);
     Left::now(kube, troubles)
 }
 
