@@ -391,8 +391,8 @@ pub struct Trail {
 }
 const _: () = assert!(size_of::<Trail>() == 4);
 
-/// Value of `HANDSHAKES`: the answer to a pod's SYN has come out of the stack, translated. Two CPUs that write to
-/// one place at once leave something that fits neither handshake.
+/// Value of `HANDSHAKES`: the answer to a pod's SYN has come out of the stack, translated. Two CPUs
+/// that write to one place at once leave something that fits neither handshake.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Answered {

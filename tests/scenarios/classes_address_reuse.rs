@@ -70,7 +70,7 @@ fn syns(kube: &Kube, pod: &Pod, source: &Pod, count: u32) -> Result<Task> {
 
 /// Connections of `pod`; on the side of classes they bypass when this returns.
 fn busy(kube: &Kube, pod: &Pod) -> Result<Task> {
-    let load = rush(pod, kube.server())?;
+    let load = rush(pod, kube.server(), "")?;
     still_hot(kube)?;
     Ok(load)
 }

@@ -252,6 +252,9 @@ fn bulk_is_not_sent_again_more_often() {
     });
 }
 
+/// Mask of two CPUs.
+const BOTH: u32 = 0b11;
+
 /// On two CPUs, which where packets come into a node are chosen by flow, as a card with several
 /// queues does (RSS). A veth pair leaves them on the CPU of whoever sent them; a TCP socket sends from
 /// its process and from where its acknowledgements arrive, and what one CPU has queued is overtaken
@@ -263,12 +266,10 @@ fn bulk_on_two_cpus_is_not_sent_again_more_often() {
         let (a, b) = kube.cluster.nodes();
         for node in [a, b] {
             // Not the devices on the way through the kernel: it would queue packets once more.
-            let steer = format!(
-                "for device in {UPLINK} $(cd /sys/class/net; ls -d veth*); do
-                     echo 3 > /sys/class/net/$device/queues/rx-0/rps_cpus || exit 1
-                 done"
-            );
-            node.namespace().run(&["sh", "-c", &steer])?;
+            node.steer(UPLINK, BOTH)?;
+        }
+        for pod in [kube.client(), kube.server()] {
+            pod.node().steer(pod.interface(), BOTH)?;
         }
         bulk_in_both_modes(kube, || {
             kube.stream(Via::Service, "--direction up --seconds 3.5")

@@ -190,6 +190,17 @@ impl Node {
         })
     }
 
+    /// Has what comes in by an interface worked off by the CPUs of the mask `cpus`, chosen by flow,
+    /// as a card with several queues does. A veth pair leaves it to the CPU of whoever sent it.
+    ///
+    /// # Errors
+    /// When there is no such interface.
+    pub fn steer(&self, interface: &str, cpus: u32) -> Result<()> {
+        let path = format!("/sys/class/net/{interface}/queues/rx-0/rps_cpus");
+        let write = format!("echo {cpus:x} > {path}");
+        self.namespace().run(&["sh", "-c", &write]).map(drop)
+    }
+
     /// The interface index, which changes when something is made anew.
     ///
     /// # Errors

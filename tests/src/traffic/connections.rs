@@ -21,7 +21,7 @@ use anyhow::Result;
 use nix::time::{ClockId, clock_gettime};
 use socket2::SockRef;
 
-use super::{epoll, pattern, ready, socket, socket::is_timeout, told_to_finish};
+use super::{epoll, pattern, pin_to, ready, socket, socket::is_timeout, told_to_finish};
 
 pub use self::{plan::Ending, tally::ConnectionsReport};
 use self::{
@@ -45,6 +45,9 @@ pub struct ServeArgs {
     /// Seconds after which a silent client is given up.
     #[arg(long, default_value_t = 60.0)]
     patience: f64,
+    /// CPU to stay on.
+    #[arg(long)]
+    cpu: Option<usize>,
 }
 
 /// Arguments of the client.
@@ -81,6 +84,9 @@ pub struct ClientArgs {
     /// Seconds that connecting and each answer may take.
     #[arg(long, default_value_t = 10.0)]
     patience: f64,
+    /// CPU to stay on.
+    #[arg(long)]
+    cpu: Option<usize>,
 }
 
 /// Accepts and does what clients ask, until told.
@@ -88,6 +94,8 @@ pub struct ClientArgs {
 /// # Errors
 /// When the listener fails.
 pub fn serve(args: &ServeArgs) -> Result<ConnectionsReport> {
+    // Threads stay where the one that starts them is.
+    pin_to(args.cpu)?;
     epoll::allow_many_sockets()?;
     let listener = socket::tcp_listener(args.port)?;
     let epoll = epoll::Epoll::new()?;

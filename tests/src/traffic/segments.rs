@@ -14,6 +14,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::{
+    pin_to,
     raw_udp::{raw_socket, transport_checksum},
     ready, socket,
 };
@@ -72,6 +73,9 @@ pub struct SegmentsArgs {
     /// How many a second.
     #[arg(long, default_value_t = 1000.0)]
     rate: f64,
+    /// CPU to stay on.
+    #[arg(long)]
+    cpu: Option<usize>,
 }
 
 /// What was sent.
@@ -88,6 +92,7 @@ pub struct SegmentsReport {
 /// # Errors
 /// Without root, or when the socket fails.
 pub fn send(args: &SegmentsArgs) -> Result<SegmentsReport> {
+    pin_to(args.cpu)?;
     let socket = raw_socket().context("cannot open a raw socket")?;
     // A flood does not wait for those who cannot follow.
     socket::make_roomy(&socket)?;
@@ -215,6 +220,7 @@ mod tests {
             count: 0,
             seconds: f64::MAX,
             rate: 1.0,
+            cpu: None,
         };
         let bytes = segment(&args, place(&args, 0));
         assert_eq!(bytes[20..24], [0x9c, 0x40, 0, 80]);

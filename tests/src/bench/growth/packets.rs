@@ -25,7 +25,7 @@ use crate::{
         stage::{Passed, Port, Stage},
     },
     ends::Ends,
-    node::Node,
+    node::{Node, TUNNEL},
     traffic::{flows::FlowsReport, request_response::ServeReport},
 };
 
@@ -52,7 +52,6 @@ fn turns(flows: u32) -> u32 {
 /// # Errors
 /// When an agent fails, or packets take another path.
 pub(super) fn subnets(sides: &[&Side], sizes: &[u32], pace: Pace) -> Result<Vec<Curve>> {
-    let mut points = Points::over("remote subnets");
     let mut stages = sides
         .iter()
         .map(|side| {
@@ -66,9 +65,38 @@ pub(super) fn subnets(sides: &[&Side], sizes: &[u32], pace: Pace) -> Result<Vec<
             Ok(stage)
         })
         .collect::<Result<Vec<_>>>()?;
+    let curves = subnets_on(&mut stages, sizes, pace)?;
+    for stage in &mut stages {
+        clear_away(stage)?;
+    }
+    Ok(curves)
+}
+
+/// Takes the routes before the namespaces go. Left to itself the kernel looks through all of them for
+/// each next hop (`remove_nexthop`): minutes in which nobody can make or end a namespace.
+fn clear_away(stage: &mut Stage) -> Result<()> {
+    let (agents, _) = stage.agents().context("a side with agents")?;
+    // They would put the routes back.
+    signal_all(agents, Signal::SIGKILL)?;
+    for agent in agents {
+        let namespace = agent.node().namespace();
+        let routes = namespace.ip(&format!("-4 route show dev {TUNNEL}"))?;
+        let subnets = routes
+            .lines()
+            .filter_map(|route| route.split_whitespace().next());
+        let lines: String = subnets
+            .map(|subnet| format!("route del {subnet}\n"))
+            .collect();
+        namespace.ip_batch(&lines)?;
+    }
+    Ok(())
+}
+
+fn subnets_on(stages: &mut [Stage], sizes: &[u32], pace: Pace) -> Result<Vec<Curve>> {
+    let mut points = Points::over("remote subnets");
     let mut written = 0;
     for size in sizes {
-        for stage in &mut stages {
+        for stage in &mut *stages {
             let (agents, directory) = stage.agents().context("a side with agents")?;
             // One at a time is not how a cluster of this size comes to a node.
             signal_all(agents, Signal::SIGSTOP)?;
