@@ -31,19 +31,15 @@ struct Suite {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Which {
     All,
-    /// Those of [`WAITING`].
-    Waiting,
-    /// All others.
-    Busy,
+    /// Those whose name contains one of these.
+    Named(&'static [&'static str]),
+    /// Those that no other suite names.
+    Others,
 }
-
-/// Scenarios that spend their time waiting for something to run out: side by side they take a
-/// quarter of it.
-const WAITING: [&str; 2] = ["etcd_faults::", "learned_conntrack_idle::"];
 
 /// All of them select the whole workspace: another selection means other features of the
 /// dependencies, and everything would be built once more.
-const SUITES: [Suite; 4] = [
+const SUITES: [Suite; 5] = [
     Suite {
         name: "examples in the documentation",
         targets: &["--doc"],
@@ -56,16 +52,29 @@ const SUITES: [Suite; 4] = [
         which: Which::All,
         at_once: None,
     },
+    // These two spend their time waiting for something to run out: side by side they take a part
+    // of it. Those with etcd have limits of two seconds, so the others are not beside them.
     Suite {
         name: "scenarios that wait",
         targets: &["--test", "scenarios"],
-        which: Which::Waiting,
+        which: Which::Named(&["etcd_faults::", "learned_conntrack_idle::"]),
         at_once: Some("4"),
+    },
+    Suite {
+        name: "scenarios that keep connections",
+        targets: &["--test", "scenarios"],
+        which: Which::Named(&[
+            "handshaken::",
+            "learned_closing::",
+            "learned_conntrack_restore::",
+            "own_handover::",
+        ]),
+        at_once: Some("3"),
     },
     Suite {
         name: "scenarios",
         targets: &["--test", "*"],
-        which: Which::Busy,
+        which: Which::Others,
         at_once: Some("1"),
     },
 ];
@@ -94,7 +103,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let mut outcomes = Vec::new();
     for suite in &SUITES {
         // Who asks for some tests gets them from one suite.
-        if suite.which == Which::Waiting && !options.filter.is_empty() {
+        if matches!(suite.which, Which::Named(_)) && !options.filter.is_empty() {
             continue;
         }
         outcomes.push(suite.run(options)?);
@@ -115,6 +124,14 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     conclude(&outcomes, started.elapsed())
 }
 
+/// What some suite names.
+fn named() -> impl Iterator<Item = &'static str> {
+    SUITES.iter().flat_map(|suite| match suite.which {
+        Which::Named(names) => names.iter().copied(),
+        Which::All | Which::Others => [].iter().copied(),
+    })
+}
+
 impl Suite {
     fn run(&self, options: &Options) -> Result<Outcome> {
         println!("\n=== {} ===", self.name);
@@ -128,13 +145,13 @@ impl Suite {
             cargo.args(["--test-threads", threads]);
         }
         match self.which {
-            Which::Waiting => {
-                cargo.args(WAITING);
+            Which::Named(names) => {
+                cargo.args(names);
             }
-            Which::Busy if options.filter.is_empty() => {
-                cargo.args(WAITING.iter().flat_map(|name| ["--skip", name]));
+            Which::Others if options.filter.is_empty() => {
+                cargo.args(named().flat_map(|name| ["--skip", name]));
             }
-            Which::Busy | Which::All => {
+            Which::Others | Which::All => {
                 cargo.args(&options.filter);
             }
         }

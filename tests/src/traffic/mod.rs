@@ -180,12 +180,17 @@ fn pin_to(cpu: Option<usize>) -> Result<()> {
 /// measure, and somebody's build in between is not. Only for ends that take turns: a sender that
 /// goes before the kernel's own threads would starve them.
 fn share(cpu: Option<usize>) -> Result<()> {
-    const FIRST: i32 = -20;
     pin_to(cpu)?;
     if cpu.is_some() {
-        // SAFETY: a system call without memory arguments, for the calling process.
-        let result = unsafe { nix::libc::setpriority(nix::libc::PRIO_PROCESS, 0, FIRST) };
-        nix::errno::Errno::result(result)?;
+        be_nice(-20)?;
     }
+    Ok(())
+}
+
+/// The calling thread's niceness, and that of those it starts.
+fn be_nice(niceness: i32) -> Result<()> {
+    // SAFETY: a system call without memory arguments, for the calling process.
+    let result = unsafe { nix::libc::setpriority(nix::libc::PRIO_PROCESS, 0, niceness) };
+    nix::errno::Errno::result(result)?;
     Ok(())
 }

@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    pin_to,
+    be_nice, pin_to,
     raw_udp::{raw_socket, transport_checksum},
     ready, socket,
 };
@@ -93,6 +93,10 @@ pub struct SegmentsReport {
 /// Without root, or when the socket fails.
 pub fn send(args: &SegmentsArgs) -> Result<SegmentsReport> {
     pin_to(args.cpu)?;
+    if args.cpu.is_some() {
+        // Those who share the CPU do not set the pace; what they leave is the measure.
+        be_nice(-10)?;
+    }
     let socket = raw_socket().context("cannot open a raw socket")?;
     // A flood does not wait for those who cannot follow.
     socket::make_roomy(&socket)?;
