@@ -76,13 +76,13 @@ fn share(kube: &Kube, settings: Settings) -> Result<Left> {
     let server = kube
         .server()
         .tool(&format!("connections-serve --port {CONNECTIONS_PORT}"))?;
-    // Where a pod's own connection and one through the Service want the same ports, a SYN waits a
-    // second for its turn, on every path.
+    // A SYN that meets in the server's TIME_WAIT what was there through the Service (with a clock of
+    // its own, RFC 7323) is sent again after 1, 3, 7 and 15 s, on every path.
     let at_once = repetitions(6, 24);
     let start = |pod: &Pod, via: Via, ending: Ending| -> Result<Task> {
         let target = kube.target(via, CONNECTIONS_PORT);
         pod.tool(&format!(
-            "connections --to {target} --ending {} --count {count} --at-once {at_once} --exchanges 1 --size 64",
+            "connections --to {target} --ending {} --count {count} --at-once {at_once} --exchanges 1 --size 64 --patience 70",
             ending.name()
         ))
     };
