@@ -179,6 +179,7 @@ fn serve_one(mut connection: TcpStream, patience: Duration, tally: &Tally) -> io
 /// # Errors
 /// When threads cannot be started; what becomes of connections is a result.
 pub fn client(args: &ClientArgs) -> Result<ConnectionsReport> {
+    pin_to(args.cpu)?;
     epoll::allow_many_sockets()?;
     let finish = told_to_finish();
     let start = Instant::now();
