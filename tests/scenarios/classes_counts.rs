@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use flannel_user::observe::status::Status;
 use lab::{
-    classes::{own, until_own_tables_are_empty},
+    classes::{own, serve, until_own_tables_are_empty},
     cluster::introduce,
     conntrack::{self, Census, alive},
     kube::{CONNECTIONS_PORT, Kube, Side, Via, on, pause},
@@ -73,9 +73,7 @@ fn share(kube: &Kube, settings: Settings) -> Result<Left> {
     if settings == Settings::Strict {
         set_on_both(kube, "loose", "0")?;
     }
-    let server = kube
-        .server()
-        .tool(&format!("connections-serve --port {CONNECTIONS_PORT}"))?;
+    let server = serve(kube.server())?;
     // A SYN that meets in the server's TIME_WAIT what was there through the Service (with a clock of
     // its own, RFC 7323) is sent again after 1, 3, 7 and 15 s, on every path.
     let at_once = repetitions(6, 24);

@@ -4,7 +4,7 @@
 use anyhow::{Result, ensure};
 use lab::{
     classes::{own, until_own_tables_are_empty},
-    closing::{Left, forget_resets_after, in_every_orderly_way},
+    closing::{AFTER_RESET, Left, forget_resets_soon, in_every_orderly_way},
     conntrack::Census,
     kube::{CONNECTIONS_PORT, Kube, SERVICE, Side, Via, on, pause},
     pod::Pod,
@@ -13,13 +13,10 @@ use lab::{
     traffic::connections::{ConnectionsReport, Ending},
 };
 
-/// Seconds that an entry stays after a reset.
-const AFTER_RESET: u32 = 2;
-
 /// Connections that end in every way.
 fn close_in_every_way(kube: &Kube, via: Via) -> Result<Left> {
     let (a, b) = kube.cluster.nodes();
-    forget_resets_after(kube, AFTER_RESET)?;
+    forget_resets_soon(kube)?;
     let count = u64::from(repetitions(600, 10_000));
     let arguments = format!("--count {count} --at-once 16 --exchanges 4 --size 512");
     let what = format!("{:?} {via:?}", kube.side());

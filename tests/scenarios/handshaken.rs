@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use lab::{
-    classes::{established, own, poll_status, until_own_tables_are_empty},
-    closing::{Left, forget_resets_after, in_every_orderly_way},
+    classes::{established, own, poll_status, serve, until_own_tables_are_empty},
+    closing::{AFTER_RESET, Left, forget_resets_soon, in_every_orderly_way},
     conntrack::{self, Census, check_alike},
     kube::{CONNECTIONS_PORT, Kube, Side, Via, on, pause},
     paths::{self, Way},
@@ -69,12 +69,9 @@ fn so_it_does_where_all_else_bypasses_from_the_syn_on() {
     on(Side::Direct, carried_between);
 }
 
-/// Conntrack keeps connections that were reset for so many seconds.
-const AFTER_RESET: u32 = 3;
-
 /// What connections that end in every way leave on the client's node.
 fn closed(kube: &Kube) -> Result<Left> {
-    forget_resets_after(kube, AFTER_RESET)?;
+    forget_resets_soon(kube)?;
     let count = u64::from(repetitions(150, 3_000));
     let what = format!("{:?}", kube.side());
     let troubles = in_every_orderly_way(&what, |ending| {
@@ -183,9 +180,7 @@ fn a_handshake_that_does_not_end_teaches_nothing() {
         pause(0.5);
         let (taken, accepted) = (kube.taken()?[0], established(kube.server())?);
         let target = kube.target(Via::Service, CONNECTIONS_PORT);
-        let server = kube
-            .server()
-            .tool(&format!("connections-serve --port {CONNECTIONS_PORT}"))?;
+        let server = serve(kube.server())?;
         let client: lab::traffic::connections::ConnectionsReport = kube
             .client()
             .tool(&format!(

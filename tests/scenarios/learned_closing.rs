@@ -2,16 +2,12 @@
 
 use anyhow::{Context, Result, ensure};
 use lab::{
-    closing::{Left, forget_resets_after, in_every_orderly_way},
+    closing::{AFTER_RESET, Left, forget_resets_soon, in_every_orderly_way},
     conntrack::{self, Census, check_alike},
     kube::{CONNECTIONS_PORT, Kube, Via, compare, learned, pause},
     scenario::repetitions,
     traffic::connections::{ConnectionsReport, Ending},
 };
-
-/// How long an entry stays after a reset. It goes by that even where its state is not
-/// called CLOSE: conntrack has not seen all that came before the reset.
-const AFTER_RESET: u32 = 3;
 
 /// Source ports of the connections. Each is used once: conntrack keeps one entry per port, and
 /// how often the kernel chooses a port again is chance.
@@ -19,7 +15,7 @@ const FIRST_PORT: u64 = 20_000;
 
 /// Every ending that the client brings about, then clients that vanish.
 fn close_in_every_way(kube: &Kube, via: Via) -> Result<Left> {
-    forget_resets_after(kube, AFTER_RESET)?;
+    forget_resets_soon(kube)?;
     let count = u64::from(repetitions(1050, 10_000)) / 7;
     let ports = |ending| format!("--first-port {}", FIRST_PORT + ending as u64 * count);
     let before = kube.taken()?;
@@ -116,7 +112,7 @@ fn every_ending_through_a_service_leaves_what_the_kernel_path_leaves() {
 fn a_reset_after_three_gigabytes_ends_the_entry() {
     // More than half of the sequence space: only with tcp_ignore_invalid_rst is it believed.
     let live = |kube: &Kube| {
-        forget_resets_after(kube, AFTER_RESET)?;
+        forget_resets_soon(kube)?;
         let before = kube.taken()?;
         let (client, server) = kube.connections(
             Via::Service,

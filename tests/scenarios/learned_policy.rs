@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use lab::{
+    classes::serve,
     exchange::RunningPing,
     kube::{self, CONNECTIONS_PORT, Kube, SERVICE, Via, compare, learned, pause},
     node::Node,
@@ -131,7 +132,6 @@ fn a_changed_endpoint_takes_new_connections_at_once() {
         let (a, b) = kube.cluster.nodes();
         let other = b.add_pod()?;
         lab::cluster::introduce(&other)?;
-        let serve = |pod: &Pod| pod.tool(&format!("connections-serve --port {CONNECTIONS_PORT}"));
         let (old, new) = (serve(kube.server())?, serve(&other)?);
         let run = || -> Result<ConnectionsReport> {
             let target = kube.target(Via::Service, CONNECTIONS_PORT);
