@@ -75,6 +75,7 @@ fn short_connections_open_by_class_and_leave_nothing_behind() {
 /// Denies under full rate, on either node and in either direction.
 fn deny(kube: &Kube, by: By, within: Duration) -> Result<()> {
     let (a, b) = kube.cluster.nodes();
+    kube.client().make_room()?;
     let (client, server) = (kube.client().address(), kube.server().address());
     let places = [
         (a, client, server),

@@ -101,10 +101,7 @@ fn under_flood(kube: &Kube, answers: Answers) -> Result<Fared> {
         )?;
     }
     a.steer(flooder.interface(), FLOODED)?;
-    // Else half of the time goes into looking for a free port.
-    kube.client()
-        .namespace()
-        .sysctl("net.ipv4.tcp_max_tw_buckets", "1000")?;
+    kube.client().make_room()?;
     let load = rush(kube.client(), &other, &there)?;
     pause(0.5);
     let seconds = f64::from(repetitions(2, 10));

@@ -70,23 +70,12 @@ fn left(kube: &Kube) -> Result<Vec<String>> {
     Ok(left)
 }
 
-/// With thousands of connections a second the client is to find a free port at once (else half of
-/// all time goes into looking for one), and the server to accept all that come at once.
-fn have_room(kube: &Kube) -> Result<()> {
-    let pods = [kube.client().namespace(), kube.server().namespace()];
-    for pod in pods {
-        pod.sysctl("net.ipv4.ip_local_port_range", "1024 65535")?;
-        pod.sysctl("net.ipv4.tcp_max_tw_buckets", "1000")?;
-        pod.sysctl("net.core.somaxconn", "16384")?;
-    }
-    Ok(())
-}
-
 /// Runs `disturb` again and again, each time under young live connections on both nodes.
 fn under_live_connections(side: Side, mut disturb: impl FnMut(&mut Kube, u32) -> Result<()>) {
     scenario(2, |lab| {
         let mut kube = Kube::start(lab, side)?;
-        have_room(&kube)?;
+        kube.client().make_room()?;
+        kube.server().make_room()?;
         let server = kube.server().tool(&format!(
             "connections-serve --port {CONNECTIONS_PORT} --patience 15"
         ))?;

@@ -166,6 +166,20 @@ impl Pod {
         self.namespace.spawn(command)
     }
 
+    /// Makes room for thousands of connections a second: a client finds a free port at once, where else
+    /// half of its time goes into looking for one and after 28,000 in a minute there is none; a server
+    /// accepts all that come at once.
+    ///
+    /// # Errors
+    /// When the kernel does not take a setting.
+    pub fn make_room(&self) -> Result<()> {
+        self.namespace
+            .sysctl("net.ipv4.ip_local_port_range", "1024 65535")?;
+        self.namespace
+            .sysctl("net.ipv4.tcp_max_tw_buckets", "1000")?;
+        self.namespace.sysctl("net.core.somaxconn", "16384")
+    }
+
     /// Sends a ping to the gateway, so that the node learns of the pod as it
     /// would from a CNI plugin's announcement.
     ///
