@@ -8,7 +8,7 @@
 
 use crate::{
     header,
-    layout::{Candidate, Epoch},
+    layout::{CANDIDATES, Candidate, Epoch},
 };
 
 /// Sightings with the same outcome in a row that make a verdict: a flow of two packets never pays
@@ -22,6 +22,24 @@ pub const NEEDED: u8 = 3;
 #[must_use]
 pub const fn strange(protocol: u8) -> u8 {
     if protocol == header::TCP { 4 } else { 0 }
+}
+
+/// What is counted of a flow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Counted {
+    /// Its packets: the hash is [`crate::hash::flow`].
+    Packets,
+    /// What the stack made of them: the hash is of the outcome.
+    Outcomes,
+}
+
+/// The place in the table of a hash. A flow counts its packets and their outcomes at the same time,
+/// so that the two must never share a place: they would drive each other out for as long as the
+/// flow lives.
+#[inline(always)]
+#[must_use]
+pub const fn place(counted: Counted, hash: u64) -> u32 {
+    (((hash >> 40) as u32) << 1 | matches!(counted, Counted::Outcomes) as u32) % CANDIDATES
 }
 
 /// How long a place is kept for somebody who does not show up, in jiffies.
@@ -69,6 +87,8 @@ pub const fn again(
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
     use crate::rows::EPOCH;
 
@@ -83,6 +103,24 @@ mod tests {
         (0..count).fold(Candidate::default(), |found, _| {
             next(found, outcome, NOW).expect("its own place")
         })
+    }
+
+    #[test]
+    fn packets_and_outcomes_have_places_of_their_own_and_use_all() {
+        let places = |counted| -> BTreeSet<u32> {
+            (0..u64::from(CANDIDATES))
+                .map(|hash| place(counted, hash << 40 | 0xff_ffff_ffff))
+                .collect()
+        };
+        let (packets, outcomes) = (places(Counted::Packets), places(Counted::Outcomes));
+        assert!(packets.is_disjoint(&outcomes));
+        assert_eq!(packets.union(&outcomes).count(), CANDIDATES as usize);
+        assert!(
+            packets
+                .iter()
+                .chain(&outcomes)
+                .all(|place| *place < CANDIDATES)
+        );
     }
 
     #[test]

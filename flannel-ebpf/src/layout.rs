@@ -109,8 +109,8 @@ pub const MAX_CLASSES: u32 = 16_384;
 pub const NOTES: u32 = 128;
 /// Trails per CPU and direction; a trail that another packet overwrote finds nothing.
 pub const TRAILS: u32 = 2_048;
-/// Candidates per CPU and direction.
-pub const CANDIDATES: u32 = 8_192;
+/// Candidates per CPU and direction, one half for packets and one for their outcomes. Even.
+pub const CANDIDATES: u32 = 16_384;
 /// Places in `HANDSHAKES`, for all CPUs together. One that another handshake took is none.
 pub const HANDSHAKE_PLACES: u32 = 4_096;
 /// Places in `GENERATIONS`. Two things in one place cost a needless look at the stack, no more.

@@ -6,6 +6,7 @@ use aya_ebpf::{
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, lpm_trie::Key},
 };
 use flannel_ebpf::{
+    candidate::{self, Counted},
     handshaken,
     layout::{
         Answered, CANDIDATES, Candidate, Class, ClassKey, DEFAULT_FLOWS, Epoch, FlowKey,
@@ -246,8 +247,8 @@ pub(super) fn scratch_in() -> Option<*mut InFlow> {
 
 /// This CPU's candidate for one hash.
 #[inline(always)]
-pub(super) fn candidate(way: Way, hash: u64) -> Option<*mut Candidate> {
-    let place = (hash >> 40) as u32 % CANDIDATES;
+pub(super) fn candidate(way: Way, counted: Counted, hash: u64) -> Option<*mut Candidate> {
+    let place = candidate::place(counted, hash);
     match way {
         Way::Out => CANDIDATES_OUT.get_ptr_mut(place),
         Way::In => CANDIDATES_IN.get_ptr_mut(place),

@@ -3,7 +3,7 @@
 
 use aya_ebpf::programs::TcContext;
 use flannel_ebpf::{
-    candidate,
+    candidate::{self, Counted},
     frame::Frame as _,
     hash,
     header::Ethernet,
@@ -81,22 +81,22 @@ pub(super) fn is_met(packet: &Packet, node: &NodeConfig, way: Way) -> bool {
     if matches!(way, Way::Out) && handshake::is_last(flow, node) {
         return true;
     }
-    let seen = times(way, flow, 0);
+    let seen = times(way, Counted::Packets, flow, 0);
     seen.is_some_and(|(_, times)| times > strange)
 }
 
 /// How often the same was seen, this time included; `None` while others have its place.
 #[inline(always)]
-fn times(way: Way, outcome: u64, generation: u32) -> Option<(*mut Candidate, u8)> {
-    let slot = maps::candidate(way, outcome)?;
+fn times(way: Way, counted: Counted, hash: u64, generation: u32) -> Option<(*mut Candidate, u8)> {
+    let slot = maps::candidate(way, counted, hash)?;
     let (epoch, now) = (KernelTables.epoch(), maps::jiffies());
     // SAFETY: a per-CPU value; programs at TC do not interrupt each other on one CPU.
     unsafe {
         let found = *slot;
-        let next = match candidate::again(found, outcome, generation, &epoch, now, false) {
+        let next = match candidate::again(found, hash, generation, &epoch, now, false) {
             Some(next) => next,
             None if maps::is_chosen() => {
-                candidate::again(found, outcome, generation, &epoch, now, true)?
+                candidate::again(found, hash, generation, &epoch, now, true)?
             }
             None => return None,
         };
@@ -216,7 +216,7 @@ fn refresh(verdict: *mut Verdict, now: u32, generation: u32) {
 /// One more sighting; `true` when the flow has shown itself often enough.
 #[inline(always)]
 fn enough(way: Way, outcome: u64, note: &Note) -> bool {
-    match times(way, outcome, note.generation) {
+    match times(way, Counted::Outcomes, outcome, note.generation) {
         Some((slot, times)) if times >= candidate::NEEDED => {
             // SAFETY: as in `times`. The place is free for the next one.
             unsafe { (*slot).times = 0 };
