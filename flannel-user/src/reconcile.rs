@@ -57,6 +57,8 @@ const MANY_PEERS: usize = 2000;
 const CHECKS_SHARE: u32 = 200;
 /// Kernel events come in bursts; one may settle for this long. Leases do not wait meanwhile.
 const BURST: Duration = Duration::from_millis(10);
+/// What must not be passed by may settle for this long: ten gigabit are a megabyte in it.
+const PROMPT: Duration = Duration::from_millis(1);
 
 /// What the agent was set up with; only the uplink changes while it lives.
 #[derive(Debug, Clone)]
@@ -203,11 +205,13 @@ impl Reconciler {
                 event = next(&mut events) => match event {
                     Some(event) => {
                         let mut concerned = self.affected(&event);
+                        let mut settle = settle(&event);
                         while let Some(Ok(event)) = events.as_mut().map(|events| events.try_recv()) {
                             concerned = concerned.and(self.affected(&event));
+                            settle = settle.min(self::settle(&event));
                         }
                         if concerned.any() {
-                            burst = Some(Burst::grown(burst, concerned));
+                            burst = Some(Burst::grown(burst, concerned, Instant::now() + settle));
                         }
                     }
                     None => {
@@ -400,17 +404,22 @@ struct Burst {
 }
 
 impl Burst {
-    fn grown(before: Option<Self>, dirty: Dirty) -> Self {
+    fn grown(before: Option<Self>, dirty: Dirty, until: Instant) -> Self {
         match before {
             Some(before) => Self {
                 dirty: before.dirty.and(dirty),
-                ..before
+                until: before.until.min(until),
             },
-            None => Self {
-                until: Instant::now() + BURST,
-                dirty,
-            },
+            None => Self { until, dirty },
         }
+    }
+}
+
+/// How long others may follow an event before it is looked at.
+const fn settle(event: &KernelEvent) -> Duration {
+    match event {
+        KernelEvent::Queueing { .. } => PROMPT,
+        _ => BURST,
     }
 }
 
