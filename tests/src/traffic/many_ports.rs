@@ -4,6 +4,7 @@
 //! FIN comes first.
 
 use std::{
+    collections::HashMap,
     io::{self, Read, Write},
     net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream},
     sync::atomic::{AtomicU64, Ordering},
@@ -13,6 +14,7 @@ use std::{
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
+use socket2::{Domain, Socket, Type};
 
 use super::{epoll, ready, told_to_finish};
 
@@ -62,7 +64,15 @@ pub struct PortsReport {
     pub seconds: f64,
 }
 
-/// Serves one connection after the other, until told.
+/// A connection that the server has accepted.
+#[derive(Debug)]
+struct Accepted {
+    stream: TcpStream,
+    /// Its message has come and was answered.
+    is_answered: bool,
+}
+
+/// Serves all connections at the same time, until told.
 ///
 /// # Errors
 /// When a port cannot be had.
@@ -81,15 +91,32 @@ pub fn serve(args: &ServeArgs) -> Result<PortsReport> {
     let start = Instant::now();
     ready()?;
     let mut report = PortsReport::default();
+    let mut connections: HashMap<u64, Accepted> = HashMap::new();
+    let mut next = listeners.len() as u64;
     let mut readable = Vec::new();
     while !finish.load(Ordering::Relaxed) {
         epoll.wait(Duration::from_millis(20), &mut readable)?;
-        for index in &readable {
-            while let Ok((connection, _)) = listeners[*index as usize].accept() {
-                match answer(connection) {
-                    Ok(()) => report.ended += 1,
+        for number in readable.drain(..) {
+            if let Some(listener) = listeners.get(number as usize) {
+                while let Ok((stream, _)) = listener.accept() {
+                    epoll.add(&stream, next)?;
+                    let is_answered = false;
+                    connections.insert(
+                        next,
+                        Accepted {
+                            stream,
+                            is_answered,
+                        },
+                    );
+                    next += 1;
+                }
+            } else if let Some(connection) = connections.get_mut(&number) {
+                match go_on(connection) {
+                    Ok(false) => continue,
+                    Ok(true) => report.ended += 1,
                     Err(_) => report.failed += 1,
                 }
+                connections.remove(&number);
             }
         }
     }
@@ -97,14 +124,18 @@ pub fn serve(args: &ServeArgs) -> Result<PortsReport> {
     Ok(report)
 }
 
-fn answer(mut connection: TcpStream) -> io::Result<()> {
-    connection.set_nonblocking(false)?;
-    connection.set_read_timeout(Some(PATIENCE))?;
+/// Takes what has come: a read waits for nothing. `true` at the end.
+fn go_on(connection: &mut Accepted) -> io::Result<bool> {
     let mut message = [0; MESSAGE];
-    connection.read_exact(&mut message)?;
-    connection.write_all(&message)?;
-    match connection.read(&mut message)? {
-        0 => Ok(()),
+    let length = connection.stream.read(&mut message)?;
+    match (length, connection.is_answered) {
+        // A message of one write comes as one segment.
+        (MESSAGE, false) => {
+            connection.stream.write_all(&message)?;
+            connection.is_answered = true;
+            Ok(false)
+        }
+        (0, true) => Ok(true),
         _ => Err(io::ErrorKind::InvalidData.into()),
     }
 }
@@ -145,8 +176,12 @@ pub fn client(args: &ClientArgs) -> Result<PortsReport> {
 }
 
 fn ask(to: SocketAddrV4) -> io::Result<()> {
-    let mut connection = TcpStream::connect_timeout(&to.into(), PATIENCE)?;
-    connection.set_read_timeout(Some(PATIENCE))?;
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    // The one for writing is that for connecting as well.
+    socket.set_write_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.connect(&to.into())?;
+    let mut connection = TcpStream::from(socket);
     let mut message = [7; MESSAGE];
     connection.write_all(&message)?;
     connection.read_exact(&mut message)?;
