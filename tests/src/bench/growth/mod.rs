@@ -1,14 +1,14 @@
 //! What grows with the cluster, and how fast.
 
 mod agent;
+mod conntrack_room;
 pub mod leases;
 mod packets;
-
-use std::fs;
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
+use self::conntrack_room::Room;
 use super::{
     probe::Pace,
     select::{Part, Selection},
@@ -125,8 +125,9 @@ pub fn measure(
         curves.extend(agent::measure(cluster)?);
     }
     if selection.part(Part::GrowthOfFlows) {
-        let (flows, room) = bearable(flows)?;
-        curves.extend(packets::flows(&chosen, &flows, room, pace)?);
+        let room = Room::make(flows.iter().copied().max().unwrap_or_default())?;
+        let flows = bearable(flows, &room, chosen.len())?;
+        curves.extend(packets::flows(&chosen, &flows, room.flows, pace)?);
     }
     // Last: Linux takes minutes to clear namespaces with that many routes, and lets nobody make a new
     // one meanwhile.
@@ -136,29 +137,24 @@ pub fn measure(
     Ok(curves)
 }
 
-/// Those that conntrack has room for, and for how many it has: with more, packets are lost.
-fn bearable(flows: &[u32]) -> Result<(Vec<u32>, u32)> {
-    let most: u32 = fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_max")
-        .context("conntrack is not there")?
-        .trim()
-        .parse()?;
-    let room = room_of(most);
-    let (fit, too_many) = within(flows, room);
+/// Those that conntrack and this machine's memory have room for.
+fn bearable(flows: &[u32], room: &Room, stages: usize) -> Result<Vec<u32>> {
+    let memory = conntrack_room::available()?;
+    let by_memory = conntrack_room::bearable(memory, stages.max(1) as u64);
+    let most = u64::from(room.flows).min(by_memory);
+    let (fit, too_many) = within(flows, most);
     for count in too_many {
         println!(
-            "{count} flows are left out: net.netfilter.nf_conntrack_max is {most} on this machine"
+            "{count} flows are left out: conntrack has room for {}, and {} MB of memory for {by_memory}",
+            room.flows,
+            memory / 1_000_000
         );
     }
-    Ok((fit, room))
+    Ok(fit)
 }
 
-/// Of so many connections in all: other probes and the agents need some, too.
-const fn room_of(most: u32) -> u32 {
-    most / 4 * 3
-}
-
-fn within(flows: &[u32], room: u32) -> (Vec<u32>, Vec<u32>) {
-    flows.iter().partition(|count| **count <= room)
+fn within(flows: &[u32], most: u64) -> (Vec<u32>, Vec<u32>) {
+    flows.iter().partition(|count| u64::from(**count) <= most)
 }
 
 #[cfg(test)]
@@ -179,9 +175,9 @@ mod tests {
     }
 
     #[test]
-    fn no_more_flows_than_conntrack_holds() {
+    fn no_more_flows_than_there_is_room_for() {
         assert_eq!(
-            within(&[1000, 190_000, 1_000_000], room_of(262_144)),
+            within(&[1000, 190_000, 1_000_000], 196_608),
             (vec![1000, 190_000], vec![1_000_000])
         );
     }
