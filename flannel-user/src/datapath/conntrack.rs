@@ -23,6 +23,8 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
+use super::kernel_file::KernelFile;
+
 const DIRECTORY: &str = "/proc/sys/net/netfilter";
 const LIBERAL: &str = "nf_conntrack_tcp_be_liberal";
 const IGNORE_RST: &str = "nf_conntrack_tcp_ignore_invalid_rst";
@@ -30,6 +32,15 @@ const UNACKNOWLEDGED: &str = "nf_conntrack_tcp_timeout_unacknowledged";
 const MAX_RETRANS: &str = "nf_conntrack_tcp_timeout_max_retrans";
 const ESTABLISHED: &str = "nf_conntrack_tcp_timeout_established";
 const UDP: &str = "nf_conntrack_udp_timeout";
+/// Those that are read.
+const SETTINGS: [&str; 6] = [
+    LIBERAL,
+    IGNORE_RST,
+    UNACKNOWLEDGED,
+    MAX_RETRANS,
+    ESTABLISHED,
+    UDP,
+];
 
 /// Values by name of the setting.
 pub type Settings = BTreeMap<String, u64>;
@@ -82,6 +93,7 @@ pub fn needed(found: &Settings) -> Result<Settings, String> {
 #[derive(Debug, Clone)]
 pub struct Conntrack {
     directory: PathBuf,
+    files: [(&'static str, KernelFile); SETTINGS.len()],
     memory: PathBuf,
 }
 
@@ -98,27 +110,25 @@ impl Conntrack {
     /// `memory` is the file that remembers what was found.
     #[must_use]
     pub fn new(memory: PathBuf) -> Self {
+        Self::in_directory(DIRECTORY.into(), memory)
+    }
+
+    fn in_directory(directory: PathBuf, memory: PathBuf) -> Self {
         Self {
-            directory: DIRECTORY.into(),
+            files: SETTINGS.map(|name| (name, KernelFile::at(directory.join(name)))),
+            directory,
             memory,
         }
     }
 
     fn read(&self) -> Settings {
-        [
-            LIBERAL,
-            IGNORE_RST,
-            UNACKNOWLEDGED,
-            MAX_RETRANS,
-            ESTABLISHED,
-            UDP,
-        ]
-        .into_iter()
-        .filter_map(|name| {
-            let text = fs::read_to_string(self.directory.join(name)).ok()?;
-            Some((name.to_owned(), text.trim().parse().ok()?))
-        })
-        .collect()
+        let files = self.files.iter();
+        files
+            .filter_map(|(name, file)| {
+                let value = file.read().ok()?.trim().parse().ok()?;
+                Some(((*name).to_owned(), value))
+            })
+            .collect()
     }
 
     fn write(&self, settings: &Settings) -> io::Result<()> {
@@ -295,10 +305,8 @@ mod tests {
 
     fn in_directory(found: &Settings) -> (tempfile::TempDir, Conntrack) {
         let directory = tempfile::tempdir().expect("a directory");
-        let conntrack = Conntrack {
-            directory: directory.path().to_owned(),
-            memory: directory.path().join("memory"),
-        };
+        let memory = directory.path().join("memory");
+        let conntrack = Conntrack::in_directory(directory.path().to_owned(), memory);
         conntrack.write(found).expect("written");
         (directory, conntrack)
     }

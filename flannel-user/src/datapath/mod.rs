@@ -6,6 +6,7 @@ pub mod conntrack_table;
 pub mod ebpf;
 pub mod exclusion;
 pub mod kernel_events;
+mod kernel_file;
 pub mod netlink;
 pub mod next_hop;
 pub mod node_config;

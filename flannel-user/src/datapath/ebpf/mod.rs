@@ -307,7 +307,7 @@ impl EbpfDatapath {
                 self.generation.clone(),
                 Conntrack::new(self.options.conntrack_memory.clone()),
                 self.options.validity,
-                self.own.as_ref().and_then(OwnFlows::commands),
+                self.own.as_ref().map(OwnFlows::commands),
                 Arc::clone(&self.tunnel),
             )?);
         }

@@ -17,6 +17,8 @@ use inotify::{Inotify, WatchMask};
 use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 use tracing::debug;
 
+use crate::datapath::kernel_file::KernelFile;
+
 /// Loaded tables, one name a line. By thread, because namespaces are.
 const NAMES: &str = "/proc/thread-self/net/ip_tables_names";
 const LOCK: &str = "/run/xtables.lock";
@@ -28,6 +30,7 @@ type Extent = (String, u32, u32);
 #[derive(Debug)]
 pub(super) struct LegacyTables {
     lock: Option<Inotify>,
+    names: KernelFile,
     socket: Option<OwnedFd>,
 }
 
@@ -40,6 +43,7 @@ impl LegacyTables {
         }
         Self {
             lock: lock.ok(),
+            names: KernelFile::at(NAMES),
             socket: None,
         }
     }
@@ -67,7 +71,7 @@ impl LegacyTables {
 
     /// Names and extents of the tables that exist. Asking loads no module.
     pub(super) fn extents(&mut self) -> Vec<Extent> {
-        let names = fs::read_to_string(NAMES).unwrap_or_default();
+        let names = self.names.read().unwrap_or_default();
         names
             .lines()
             .map(|name| {

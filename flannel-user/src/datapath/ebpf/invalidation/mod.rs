@@ -12,7 +12,7 @@ mod events;
 use std::{
     os::unix::net::UnixStream,
     path::Path,
-    sync::{Arc, Mutex, PoisonError, atomic::AtomicU32, mpsc::Sender},
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicU32},
     thread,
     time::{Duration, Instant},
 };
@@ -32,10 +32,15 @@ use self::events::Events;
 use super::{
     EbpfError, counters,
     epoch::{Generation, pinned},
-    own::Command,
+    own::{Command, Commands},
 };
-use crate::datapath::conntrack::{Conntrack, Standing};
+use crate::datapath::{
+    conntrack::{Conntrack, Standing},
+    kernel_file::KernelFile,
+};
 
+/// Who takes packets from netfilter; by thread, because namespaces are.
+const QUEUES: &str = "/proc/thread-self/net/netfilter/nfnetlink_queue";
 /// How often the things without an event are looked at.
 const PERIOD: Duration = Duration::from_secs(1);
 /// The least time between two generations, while few flows have to be rechecked.
@@ -81,7 +86,7 @@ impl Invalidation {
         generation: Generation,
         conntrack: Conntrack,
         validity: Duration,
-        own: Option<Sender<Command>>,
+        own: Option<Commands>,
         tunnel: Arc<AtomicU32>,
     ) -> Result<Self, EbpfError> {
         let counters = pinned(maps, COUNTERS)?;
@@ -96,6 +101,7 @@ impl Invalidation {
             generation,
             own,
             conntrack,
+            queues: KernelFile::at(QUEUES),
             counters,
             state: Arc::clone(&state),
             least_validity: validity,
@@ -145,8 +151,9 @@ struct Watch {
     events: Events,
     generation: Generation,
     /// Who hands over what conntrack does not know yet.
-    own: Option<Sender<Command>>,
+    own: Option<Commands>,
     conntrack: Conntrack,
+    queues: KernelFile,
     counters: PerCpuArray<MapData, Tally>,
     state: Arc<Mutex<Bypass>>,
     least_validity: Duration,
@@ -198,7 +205,7 @@ impl Watch {
 
     fn hand_over_own(&self) {
         if let Some(own) = &self.own {
-            let _ = own.send(Command::HandOver);
+            own.send(Command::HandOver);
         }
     }
 
@@ -224,8 +231,7 @@ impl Watch {
     /// A packet that netfilter gives to a program leaves the stack later and from elsewhere; as
     /// its flow cannot be told from others, nothing bypasses while there is such a program.
     fn hold_while_queued(&mut self) {
-        let queues = std::fs::read_to_string("/proc/net/netfilter/nfnetlink_queue");
-        let held = bound_queue(&queues.unwrap_or_default()).map(|(queue, pid)| {
+        let held = bound_queue(&self.queues.read().unwrap_or_default()).map(|(queue, pid)| {
             format!(
                 "process {pid} takes packets from netfilter (NFQUEUE {queue}): they all take the stack"
             )

@@ -64,6 +64,12 @@ impl Exchange {
         self.table.count(Reason::OwnProbe)
     }
 
+    /// How many SYNs have asked or found no class so far: while it stays, so do the classes and
+    /// who uses them.
+    pub(super) fn sought(&self) -> u64 {
+        self.asked() + self.table.count(Reason::OwnNoClass)
+    }
+
     /// How many connections programs have called the agent for so far: only the kernel can carry
     /// them, or another one waits for their tuple.
     pub(super) fn called(&self) -> u64 {

@@ -10,25 +10,45 @@ const XFRMA_SPD_INFO: u16 = 1;
 const NLM_F_REQUEST: u16 = 1;
 const HEADER: usize = 16;
 
-/// Number of policies, of all directions; 0 where the kernel has no IPsec.
-pub(super) fn policies() -> u64 {
-    ask().unwrap_or(0)
+/// Asks how many IPsec policies the network namespace of the first call has.
+#[derive(Default)]
+pub(super) struct Policies {
+    socket: Option<Socket>,
 }
 
-fn ask() -> io::Result<u64> {
+impl Policies {
+    /// Their number, of all directions; 0 where the kernel has no IPsec.
+    pub(super) fn count(&mut self) -> u64 {
+        self.ask().unwrap_or_else(|_| {
+            // What an unlucky request has left must not be taken for the next one's answer.
+            self.socket = None;
+            0
+        })
+    }
+
+    fn ask(&mut self) -> io::Result<u64> {
+        let socket = match &mut self.socket {
+            Some(socket) => socket,
+            None => self.socket.insert(open()?),
+        };
+        let mut request = Vec::with_capacity(HEADER + 4);
+        request.extend((HEADER as u32 + 4).to_ne_bytes());
+        request.extend(XFRM_MSG_GETSPDINFO.to_ne_bytes());
+        request.extend(NLM_F_REQUEST.to_ne_bytes());
+        request.extend([0; 8]);
+        request.extend(u32::MAX.to_ne_bytes());
+        socket.send(&request, 0)?;
+        let mut answer = [0; 4096];
+        let length = socket.recv(&mut &mut answer[..], 0)?;
+        Ok(counted(&answer[..length]))
+    }
+}
+
+fn open() -> io::Result<Socket> {
     let mut socket = Socket::new(NETLINK_XFRM)?;
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
-    let mut request = Vec::with_capacity(HEADER + 4);
-    request.extend((HEADER as u32 + 4).to_ne_bytes());
-    request.extend(XFRM_MSG_GETSPDINFO.to_ne_bytes());
-    request.extend(NLM_F_REQUEST.to_ne_bytes());
-    request.extend([0; 8]);
-    request.extend(u32::MAX.to_ne_bytes());
-    socket.send(&request, 0)?;
-    let mut answer = vec![0; 4096];
-    let length = socket.recv(&mut &mut answer[..], 0)?;
-    Ok(counted(&answer[..length]))
+    Ok(socket)
 }
 
 /// The policies that an answer counts: in, out and forwarded.
@@ -84,6 +104,8 @@ mod tests {
 
     #[test]
     fn a_namespace_without_policies_has_none() {
-        assert_eq!(policies(), 0);
+        let mut policies = Policies::default();
+        assert_eq!(policies.count(), 0);
+        assert_eq!(policies.count(), 0, "by the same socket");
     }
 }

@@ -1,10 +1,7 @@
 //! The thread that keeps own connections.
 
 use std::{
-    sync::{
-        Arc, Mutex, PoisonError,
-        mpsc::{Receiver, RecvTimeoutError},
-    },
+    sync::{Arc, Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -13,9 +10,10 @@ use tracing::{info, warn};
 
 use super::{
     Command, LAST_PASSES, LAST_PAUSE, Opening, OwnState,
+    commands::{Heard, Received},
     exchange::Exchange,
     handover::Extent,
-    ipsec,
+    ipsec::Policies,
     rules::{Judgement, Rules},
     table::OwnTable,
 };
@@ -25,6 +23,8 @@ use crate::datapath::ebpf::epoch::Generation;
 const PERIOD: Duration = Duration::from_millis(100);
 /// The same while they are few: looking costs by the table's size.
 const SLOW_PERIOD: Duration = Duration::from_millis(250);
+/// The same while there are none: the first ones may wait a little.
+const IDLE_PERIOD: Duration = Duration::from_millis(500);
 /// How many are few.
 const FEW: usize = 64;
 /// How many are so many that a look each [`PERIOD`] would cost a good part of what they save.
@@ -43,6 +43,8 @@ const ASKING_BUDGET: f64 = 85.0;
 const PATIENCE: Duration = Duration::from_millis(250);
 /// How often classes are counted, and unused ones looked for.
 const SWEEP: Duration = Duration::from_secs(5);
+/// The same while no SYN asks for any.
+const IDLE_SWEEP: Duration = Duration::from_secs(60);
 /// How long a class is unused before it is forgotten.
 const UNUSED: Duration = Duration::from_secs(300);
 
@@ -62,20 +64,33 @@ fn counted(now: Duration, in_use: u64) -> Duration {
     validity_for(in_use as f64).max(now / 2)
 }
 
+/// How long after a count of the classes the next is due. While none is asked for, only their ages
+/// change, and slowly against a long validity.
+fn rest_after_count(validity: Duration, is_idle: bool) -> Duration {
+    match (is_idle, validity > SHORTEST_VALIDITY) {
+        (false, _) => SWEEP,
+        (true, true) => SWEEP.max(validity / 4),
+        (true, false) => IDLE_SWEEP,
+    }
+}
+
 /// Everything that the thread works with.
 pub(super) struct Keeper {
     exchange: Exchange,
     generation: Generation,
-    received: Receiver<Command>,
+    received: Received,
     state: Arc<Mutex<OwnState>>,
     opening: Opening,
     rules: Rules,
+    policies: Policies,
     /// How long a class holds.
     validity: Duration,
     /// SYNs that had asked the stack at the last heartbeat.
     asked: Option<u64>,
-    /// When unused classes were last forgotten.
+    /// When classes were last counted and unused ones forgotten.
     swept: Instant,
+    /// SYNs that had looked for a class until then.
+    sought: Option<u64>,
     /// When the heartbeat was renewed; `None`: it is due.
     beaten: Option<Instant>,
     /// When something was last done because it was time.
@@ -94,7 +109,7 @@ impl Keeper {
     pub(super) fn new(
         table: OwnTable,
         generation: Generation,
-        received: Receiver<Command>,
+        received: Received,
         state: Arc<Mutex<OwnState>>,
         rules: Rules,
     ) -> Self {
@@ -105,9 +120,11 @@ impl Keeper {
             state,
             opening: Opening::None,
             rules,
+            policies: Policies::default(),
             validity: SHORTEST_VALIDITY,
             asked: None,
             swept: Instant::now(),
+            sought: None,
             beaten: None,
             ticked: Instant::now(),
             looked: Instant::now(),
@@ -126,19 +143,23 @@ impl Keeper {
         // one that has ended meanwhile would be alive in conntrack for days.
         self.look(Wanted::All);
         loop {
-            // Rules that make no event are looked for as often.
-            let is_urgent = self.held > FEW || self.opening == Opening::Classes;
-            let period = if is_urgent { PERIOD } else { SLOW_PERIOD };
+            let asks_rules = self.opening == Opening::Classes;
+            let period = match self.held {
+                _ if asks_rules && self.rules.are_unread() => PERIOD,
+                0 => IDLE_PERIOD,
+                1..=FEW => SLOW_PERIOD,
+                _ => PERIOD,
+            };
             let wait = period.saturating_sub(self.ticked.elapsed());
-            let told = match self.received.recv_timeout(wait) {
-                Ok(told) => told,
-                Err(RecvTimeoutError::Timeout) => {
+            let news = self.rules.descriptor().filter(|_| asks_rules);
+            let command = match self.received.wait(wait, news) {
+                Heard::Command(command) => command,
+                Heard::News | Heard::Nothing => {
                     self.tick();
                     continue;
                 }
-                Err(RecvTimeoutError::Disconnected) => Command::End,
             };
-            match told {
+            match command {
                 Command::HandOver => {
                     // First what was allowed before, then what may be allowed from now on.
                     self.look_if_any(Wanted::Live);
@@ -151,12 +172,13 @@ impl Keeper {
         self.end();
     }
 
-    /// Nothing has happened.
+    /// Nothing has happened, or rules may have changed that make no event.
     fn tick(&mut self) {
         self.ticked = Instant::now();
         let is_due = self.is_beat_due();
-        // Whatever makes an event comes as a command.
-        if is_due || self.opening == Opening::Classes && self.rules.have_news() {
+        // In any case, or the same news would end the next wait.
+        let has_news = self.opening == Opening::Classes && self.rules.have_news();
+        if is_due || has_news {
             self.beat();
         }
         if is_due && self.opening == Opening::Classes {
@@ -224,7 +246,7 @@ impl Keeper {
 
     /// What speaks against opening connections at present.
     fn objection(&mut self) -> Option<String> {
-        let policies = ipsec::policies();
+        let policies = self.policies.count();
         if policies > 0 {
             return Some(format!(
                 "{policies} IPsec policies: only the stack can tell whom they concern"
@@ -283,8 +305,11 @@ impl Keeper {
             let rate = asked.saturating_sub(before) as f64 / HEARTBEAT.as_secs_f64();
             validity = lengthened(validity, rate);
         }
-        if self.swept.elapsed() >= SWEEP {
+        let sought = self.exchange.sought();
+        let rest = rest_after_count(validity, self.sought == Some(sought));
+        if self.swept.elapsed() >= rest {
             self.swept = Instant::now();
+            self.sought = Some(sought);
             let clock = self.generation.clock();
             // Who is used has asked within its validity, or is about to.
             let census = self
@@ -349,6 +374,18 @@ mod tests {
         assert_eq!(validity_for(ASKING_BUDGET), SHORTEST_VALIDITY);
         assert_eq!(validity_for(ASKING_BUDGET * 50.0), Duration::from_secs(50));
         assert_eq!(validity_for(16_384.0), LONGEST_VALIDITY);
+    }
+
+    #[test]
+    fn classes_are_counted_seldom_while_nobody_asks_for_one() {
+        assert_eq!(rest_after_count(LONGEST_VALIDITY, false), SWEEP);
+        assert_eq!(rest_after_count(SHORTEST_VALIDITY, false), SWEEP);
+        assert_eq!(
+            rest_after_count(LONGEST_VALIDITY, true),
+            LONGEST_VALIDITY / 4
+        );
+        assert_eq!(rest_after_count(SHORTEST_VALIDITY * 2, true), SWEEP);
+        assert_eq!(rest_after_count(SHORTEST_VALIDITY, true), IDLE_SWEEP);
     }
 
     #[test]

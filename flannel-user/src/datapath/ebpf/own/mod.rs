@@ -2,8 +2,8 @@
 //! goes back to the stack, and deletes those that are over.
 //!
 //! A thread of its own, because ctnetlink blocks. It looks ten times a second
-//! while connections are young, and at once when rules change; when nothing
-//! opens it reads one counter. Its heartbeat lets new ones open: without it the
+//! while many connections are young, and at once when rules change; when nothing
+//! opens it reads one counter, twice a second. Its heartbeat lets new ones open: without it the
 //! programs open none, and those that live go on.
 //!
 //! Handing over is: insert into conntrack, then take the entry out of the table
@@ -11,6 +11,7 @@
 //! what the entry held in the end. From then on the connection is one that the
 //! stack carries, and it is learned as any other.
 
+mod commands;
 mod exchange;
 mod handover;
 mod ipsec;
@@ -23,10 +24,7 @@ mod table;
 
 use std::{
     path::Path,
-    sync::{
-        Arc, Mutex, PoisonError,
-        mpsc::{self, Sender},
-    },
+    sync::{Arc, Mutex, PoisonError},
     thread::{self, JoinHandle},
     time::Duration,
 };
@@ -35,7 +33,10 @@ use flannel_ebpf::layout::{FAST_PATH_CLASSES, FAST_PATH_DIRECT, NodeConfig};
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
-pub(super) use self::listing::ClassTable;
+pub(super) use self::{
+    commands::{Command, Commands},
+    listing::ClassTable,
+};
 use self::{exchange::Exchange, handover::Extent, keeper::Keeper, rules::Rules, table::OwnTable};
 use super::{EbpfError, epoch::Generation};
 
@@ -110,20 +111,9 @@ impl Opening {
     }
 }
 
-/// What the thread is told.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Command {
-    /// Rules or ways have changed: live ones go to conntrack at once.
-    HandOver,
-    /// Which connections may open.
-    Allow(Opening),
-    /// Everything goes to conntrack, and the thread ends.
-    End,
-}
-
 /// The running thread; dropping it hands everything over.
 pub(super) struct OwnFlows {
-    commands: Option<Sender<Command>>,
+    commands: Commands,
     thread: Option<JoinHandle<()>>,
     state: Arc<Mutex<OwnState>>,
 }
@@ -140,7 +130,8 @@ impl OwnFlows {
         network: Ipv4Net,
     ) -> Result<Self, EbpfError> {
         let table = OwnTable::open(maps)?;
-        let (commands, received) = mpsc::channel();
+        let failed = |source| EbpfError::Watch { source };
+        let (commands, received) = commands::commands().map_err(failed)?;
         let state = Arc::new(Mutex::new(OwnState::default()));
         generation.linger(handover::LINGER.saturating_sub(handover::LINGER_MARGIN));
         let keeper = Keeper::new(
@@ -153,9 +144,9 @@ impl OwnFlows {
         let thread = thread::Builder::new()
             .name("own-flows".to_owned())
             .spawn(move || keeper.run())
-            .map_err(|source| EbpfError::Watch { source })?;
+            .map_err(failed)?;
         Ok(Self {
-            commands: Some(commands),
+            commands,
             thread: Some(thread),
             state,
         })
@@ -163,13 +154,11 @@ impl OwnFlows {
 
     /// Lets connections open, or no more.
     pub(super) fn allow(&self, opening: Opening) {
-        if let Some(commands) = &self.commands {
-            let _ = commands.send(Command::Allow(opening));
-        }
+        self.commands.send(Command::Allow(opening));
     }
 
     /// A way to tell the thread of changed rules.
-    pub(super) fn commands(&self) -> Option<Sender<Command>> {
+    pub(super) fn commands(&self) -> Commands {
         self.commands.clone()
     }
 
@@ -186,9 +175,7 @@ impl OwnFlows {
 impl Drop for OwnFlows {
     fn drop(&mut self) {
         // Others may hold a sender: the end is told, not inferred.
-        if let Some(commands) = self.commands.take() {
-            let _ = commands.send(Command::End);
-        }
+        self.commands.send(Command::End);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }

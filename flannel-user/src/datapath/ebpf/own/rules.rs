@@ -1,6 +1,6 @@
 //! Can classes stand for the rules that are in force?
 
-use std::time::Duration;
+use std::{os::fd::BorrowedFd, time::Duration};
 
 use ipnet::Ipv4Net;
 
@@ -40,6 +40,16 @@ impl Rules {
             is_behind: false,
             is_unread: true,
         }
+    }
+
+    /// Can be read when they may have changed without an event.
+    pub(super) fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.watcher.as_ref().and_then(Watcher::descriptor)
+    }
+
+    /// Have they still to be read? Then they must be looked at soon, though nothing tells.
+    pub(super) const fn are_unread(&self) -> bool {
+        self.is_unread
     }
 
     /// Should they be judged now, though nothing has told of a change and it was done of late?
