@@ -351,7 +351,7 @@ fn packets_of(text: &str, interface: &str) -> Option<(u64, u64)> {
     Some((received, sent))
 }
 
-fn sysctl_path(key: &str) -> String {
+pub(crate) fn sysctl_path(key: &str) -> String {
     let swapped: String = key
         .chars()
         .map(|letter| match letter {

@@ -19,6 +19,8 @@ pub const NETLINK: &str = "netlink";
 pub const LEARNED: &str = "learned";
 /// The same without classes of connections.
 pub const FLOWS: &str = "flows";
+/// TCP from its SYN on without asking anybody; UDP as [`LEARNED`].
+pub const DIRECT: &str = "direct";
 /// The nodes themselves, without a rule.
 pub const HOST: &str = "host";
 /// The nodes themselves, with the rules of the others.
@@ -164,7 +166,7 @@ pub fn all() -> Vec<Side> {
             Some(Way::Learned),
         ),
         side(
-            "direct",
+            DIRECT,
             "pods by the programs, TCP between them from the SYN on, blind to policies",
             pods("ebpf", "direct"),
             Way::Programs,

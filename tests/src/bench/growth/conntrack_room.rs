@@ -4,17 +4,23 @@ use std::fs;
 
 use anyhow::{Context, Result};
 
-const MOST: &str = "/proc/sys/net/netfilter/nf_conntrack_max";
+use crate::namespace::sysctl_path;
+
+/// Connections in one network namespace.
+const MOST: &str = "net.netfilter.nf_conntrack_max";
+/// Places of the hash table that all namespaces share. In one where chains get long, Linux drops
+/// new connections (5.15, `chain_toolong`).
+const BUCKETS: &str = "net.netfilter.nf_conntrack_buckets";
 /// Memory of one entry, with its extensions and its share of the hash table.
 const ENTRY: u64 = 400;
 /// A stage has two nodes, and both track all flows.
 const NODES: u64 = 2;
 
-/// The setting, large enough; dropping it makes it what it was.
+/// The settings, large enough; dropping it makes them what they were.
 #[derive(Debug)]
 pub(super) struct Room {
-    /// What it was, if it had to be changed.
-    before: Option<u32>,
+    /// What had to be changed, and what it was.
+    before: Vec<(&'static str, u32)>,
     /// Flows at a time in each network namespace: with more, packets are lost.
     pub(super) flows: u32,
 }
@@ -25,48 +31,55 @@ impl Room {
     /// # Errors
     /// Without conntrack.
     pub(super) fn make(flows: u32) -> Result<Self> {
-        let before: u32 = fs::read_to_string(MOST)
-            .context("conntrack is not there")?
-            .trim()
-            .parse()?;
-        if flows <= usable(before) {
-            return Ok(Self {
-                before: None,
-                flows: usable(before),
-            });
+        let (most, buckets) = (read(MOST)?, read(BUCKETS)?);
+        let mut room = Self {
+            before: Vec::new(),
+            flows: usable(most),
+        };
+        if flows <= room.flows {
+            return Ok(room);
         }
         let wanted = limit_for(flows);
-        match fs::write(MOST, wanted.to_string()) {
-            Ok(()) => {
-                println!(
-                    "net.netfilter.nf_conntrack_max is {wanted} instead of {before} while flows are measured"
-                );
-                Ok(Self {
-                    before: Some(before),
-                    flows: usable(wanted),
-                })
-            }
-            Err(error) => {
-                println!("net.netfilter.nf_conntrack_max stays {before}: {error}");
-                Ok(Self {
-                    before: None,
-                    flows: usable(before),
-                })
-            }
+        let changed = room
+            .raise(BUCKETS, buckets, wanted)
+            .and_then(|()| room.raise(MOST, most, wanted));
+        match changed {
+            Ok(()) => room.flows = usable(wanted),
+            Err(error) => println!("as much room as there is: {error:#}"),
         }
+        Ok(room)
+    }
+
+    fn raise(&mut self, key: &'static str, before: u32, wanted: u32) -> Result<()> {
+        if wanted <= before {
+            return Ok(());
+        }
+        write(key, wanted)?;
+        self.before.push((key, before));
+        println!("{key} is {wanted} instead of {before} while flows are measured");
+        Ok(())
     }
 }
 
 impl Drop for Room {
     fn drop(&mut self) {
-        if let Some(before) = self.before
-            && let Err(error) = fs::write(MOST, before.to_string())
-        {
-            eprintln!(
-                "net.netfilter.nf_conntrack_max was {before} and could not be put back: {error}"
-            );
+        for (key, before) in &self.before {
+            if let Err(error) = write(key, *before) {
+                eprintln!("{key} was {before} and could not be put back: {error:#}");
+            }
         }
     }
+}
+
+fn read(key: &str) -> Result<u32> {
+    let path = sysctl_path(key);
+    let text =
+        fs::read_to_string(&path).with_context(|| format!("no {key}: conntrack is not there"))?;
+    Ok(text.trim().parse()?)
+}
+
+fn write(key: &str, value: u32) -> Result<()> {
+    fs::write(sysctl_path(key), value.to_string()).with_context(|| format!("set {key} to {value}"))
 }
 
 /// Of a limit: other probes and the agents need some, too.

@@ -12,7 +12,7 @@ use self::conntrack_room::Room;
 use super::{
     probe::Pace,
     select::{Part, Selection},
-    side::{FLOWS, NETLINK, Side},
+    side::{DIRECT, FLOWS, NETLINK, Side},
     stats::Summary,
 };
 
@@ -126,6 +126,12 @@ pub fn measure(
     }
     if selection.part(Part::GrowthOfFlows) {
         let room = Room::make(flows.iter().copied().max().unwrap_or_default())?;
+        // UDP, which `direct` learns as `learned` does.
+        let chosen: Vec<&Side> = chosen
+            .iter()
+            .filter(|side| side.name != DIRECT)
+            .copied()
+            .collect();
         let flows = bearable(flows, &room, chosen.len())?;
         curves.extend(packets::flows(&chosen, &flows, room.flows, pace)?);
     }

@@ -43,6 +43,11 @@ const SCATTERED: u32 = 5000;
 const LIMIT: Duration = Duration::from_secs(120);
 /// Ports of the server in the test with many flows: as many sockets as one `epoll` likes.
 const SERVER_PORTS: u32 = 16;
+/// The same with [`VERY_MANY`] flows, so that the client needs no more sockets than it may have.
+const MORE_SERVER_PORTS: u32 = 64;
+/// Flows of earlier rounds stay for minutes, in conntrack and in our tables: with more than so many
+/// a new stage is set.
+const MOST_HELD: u32 = 196_608;
 
 /// Each flow's turns before the measurement, so that what is learned from a flow's first packets
 /// is learned: some share a place while they wait for it. With very many flows they would take
@@ -187,8 +192,8 @@ pub(super) fn flows(sides: &[&Side], sizes: &[u32], room: u32, pace: Pace) -> Re
         };
         for _ in 0..rounds {
             for ((stage, held), rates) in stages.iter_mut().zip(&mut rates) {
-                // Flows of earlier rounds stay for minutes. A full table loses packets.
-                if *held + size > room {
+                // A full table loses packets.
+                if *held > 0 && *held + size > room.min(MOST_HELD) {
                     (*stage, *held) = (Stage::set(&stage.side)?, 0);
                 }
                 if *size >= VERY_MANY {
@@ -225,13 +230,18 @@ fn among(stage: &Stage, flows: u32, pace: Pace) -> Result<f64> {
     let (cpu, seconds, turns) = (pace.cpu, pace.seconds, turns(flows));
     let way = stage.side.way(Target::Pod).context("a side between pods")?;
     stage.warm_up()?;
+    let ports = if flows < VERY_MANY {
+        SERVER_PORTS
+    } else {
+        MORE_SERVER_PORTS
+    };
     let watch = stage.watch()?;
     let (report, served): (FlowsReport, ServeReport) = Ends::start(
         stage.client(),
         (stage.server(), to),
-        &format!("flows-serve --ports {SERVER_PORTS} --cpu {cpu}"),
+        &format!("flows-serve --ports {ports} --cpu {cpu}"),
         &format!(
-            "flows --ports {SERVER_PORTS} --flows {flows} --turns {turns} --seconds {seconds} --cpu {cpu}"
+            "flows --ports {ports} --flows {flows} --turns {turns} --seconds {seconds} --cpu {cpu}"
         ),
     )?
     .result()?;
