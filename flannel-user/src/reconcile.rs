@@ -179,6 +179,7 @@ impl Reconciler {
         let mut events = Some(events);
         let mut next_check = Instant::now() + SLOW_CHECK;
         let mut burst: Option<Burst> = None;
+        let mut settled = Instant::now();
         loop {
             health.beat();
             let mut dirty = Dirty::default();
@@ -201,17 +202,20 @@ impl Reconciler {
                 }
                 () = due(burst.as_ref().map(|burst| burst.until)) => {
                     dirty = burst.take().map(|burst| burst.dirty).unwrap_or_default();
+                    settled = Instant::now();
                 }
                 event = next(&mut events) => match event {
                     Some(event) => {
                         let mut concerned = self.affected(&event);
-                        let mut settle = settle(&event);
+                        let mut pause = settle(&event);
                         while let Some(Ok(event)) = events.as_mut().map(|events| events.try_recv()) {
                             concerned = concerned.and(self.affected(&event));
-                            settle = settle.min(self::settle(&event));
+                            pause = pause.min(settle(&event));
                         }
                         if concerned.any() {
-                            burst = Some(Burst::grown(burst, concerned, Instant::now() + settle));
+                            // However many there are, no more passes than bursts.
+                            let until = (Instant::now() + pause).max(settled + BURST);
+                            burst = Some(Burst::grown(burst, concerned, until));
                         }
                     }
                     None => {

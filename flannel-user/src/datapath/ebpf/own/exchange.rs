@@ -64,10 +64,9 @@ impl Exchange {
         self.table.count(Reason::OwnProbe)
     }
 
-    /// How many SYNs have asked or found no class so far: while it stays, so do the classes and
-    /// who uses them.
-    pub(super) fn sought(&self) -> u64 {
-        self.asked() + self.table.count(Reason::OwnNoClass)
+    /// How many SYNs have found no class so far.
+    pub(super) fn classless(&self) -> u64 {
+        self.table.count(Reason::OwnNoClass)
     }
 
     /// How many connections programs have called the agent for so far: only the kernel can carry

@@ -305,7 +305,8 @@ impl Keeper {
             let rate = asked.saturating_sub(before) as f64 / HEARTBEAT.as_secs_f64();
             validity = lengthened(validity, rate);
         }
-        let sought = self.exchange.sought();
+        // While it stays, so do the classes and who uses them.
+        let sought = asked + self.exchange.classless();
         let rest = rest_after_count(validity, self.sought == Some(sought));
         if self.swept.elapsed() >= rest {
             self.swept = Instant::now();

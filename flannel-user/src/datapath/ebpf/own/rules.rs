@@ -55,7 +55,9 @@ impl Rules {
     /// Should they be judged now, though nothing has told of a change and it was done of late?
     /// Costs one read: `iptables-legacy` tells nobody, but takes a lock.
     pub(super) fn have_news(&mut self) -> bool {
-        self.is_unread || self.watcher.as_mut().is_none_or(Watcher::has_news)
+        // In any case: what is not taken would tell of itself again and again.
+        let has_news = self.watcher.as_mut().is_none_or(Watcher::has_news);
+        self.is_unread || has_news
     }
 
     /// Reads them if they have changed; blocks for that long.
