@@ -217,11 +217,22 @@ impl Exchange {
                 refused += 1;
                 continue;
             }
+            // While the entry is there conntrack sees nothing by itself, and what it is told undoes
+            // nothing. So as little as possible is left for a correction after that: a connection
+            // that ended just then would stay as it was before.
+            let newer = self
+                .table
+                .get(key)
+                .and_then(|now| handover::correction(entry, handover::entry(key, &now, &timeouts)));
+            if let Some(newer) = &newer {
+                self.correct(newer);
+            }
             match self.table.take(key) {
                 Ok(Some(last)) => {
+                    let told = newer.as_ref().unwrap_or(entry);
                     let last = handover::entry(key, &last, &timeouts);
-                    if let Some(correction) = handover::correction(entry, last) {
-                        self.correct(correction);
+                    if let Some(correction) = handover::correction(told, last) {
+                        self.correct(&correction);
                     }
                     handed_over += 1;
                 }
@@ -235,13 +246,13 @@ impl Exchange {
         (handed_over, refused)
     }
 
-    /// Tells conntrack at once: from now on it sees the connection's packets itself, and what it
-    /// learns from them must not be undone.
-    fn correct(&mut self, correction: Entry) {
+    /// Tells conntrack at once: it is about to see the connection's packets itself, or does already,
+    /// and what it learns from them must not be undone.
+    fn correct(&mut self, correction: &Entry) {
         let Some(conntrack) = &mut self.conntrack else {
             return;
         };
-        for result in conntrack.update(&[correction]) {
+        for result in conntrack.update(std::slice::from_ref(correction)) {
             if let Err(error) = result {
                 debug!(%error, "conntrack refused a correction");
             }

@@ -76,6 +76,11 @@ impl OwnTable {
         counters::total(&self.counters, reason).map_or(0, |tally| tally.packets)
     }
 
+    /// An entry as it is now.
+    pub(super) fn get(&self, key: &FlowKey) -> Option<OwnFlow> {
+        self.entries.get(key, 0).ok()
+    }
+
     /// Takes an entry out in one step: what it held in the end.
     pub(super) fn take(&self, key: &FlowKey) -> io::Result<Option<OwnFlow>> {
         let mut value = OwnFlow::default();
