@@ -31,7 +31,6 @@ impl Machine {
     /// When `/proc` cannot be read.
     pub fn look() -> Result<Self> {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo")?;
-        let meminfo = fs::read_to_string("/proc/meminfo")?;
         // All there are, not those that this process may use.
         let processors = cpuinfo
             .lines()
@@ -48,9 +47,7 @@ impl Machine {
                 .unwrap_or("unknown")
                 .to_owned(),
             processors,
-            memory_gib: field(&meminfo, "MemTotal")
-                .and_then(|value| value.strip_suffix(" kB")?.parse::<f64>().ok())
-                .map_or(0.0, |kilobytes| kilobytes / f64::from(1 << 20)),
+            memory_gib: memory("MemTotal")?.map_or(0.0, |bytes| bytes as f64 / f64::from(1 << 30)),
             kernel: fs::read_to_string("/proc/sys/kernel/osrelease")?
                 .trim()
                 .to_owned(),
@@ -75,6 +72,17 @@ impl Machine {
     }
 }
 
+/// Memory that `/proc/meminfo` tells of under this name, in bytes.
+///
+/// # Errors
+/// When it cannot be read.
+pub(super) fn memory(name: &str) -> Result<Option<u64>> {
+    let meminfo = fs::read_to_string("/proc/meminfo")?;
+    Ok(field(&meminfo, name)
+        .and_then(|value| value.strip_suffix(" kB")?.parse::<u64>().ok())
+        .map(|kilobytes| kilobytes * 1024))
+}
+
 /// `name : value`, the first of them.
 fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     text.lines().find_map(|line| {
@@ -85,7 +93,14 @@ fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
 
 #[cfg(test)]
 mod tests {
-    use super::field;
+    use super::{field, memory};
+
+    #[test]
+    fn this_machine_has_memory() {
+        let of = |name| memory(name).expect("readable").unwrap_or(0);
+        assert!(of("MemAvailable") > 0 && of("MemAvailable") <= of("MemTotal"));
+        assert_eq!(memory("Mem").expect("readable"), None);
+    }
 
     #[test]
     fn fields_of_proc() {

@@ -100,14 +100,11 @@ pub fn serve(args: &ServeArgs) -> Result<PortsReport> {
             if let Some(listener) = listeners.get(number as usize) {
                 while let Ok((stream, _)) = listener.accept() {
                     epoll.add(&stream, next)?;
-                    let is_answered = false;
-                    connections.insert(
-                        next,
-                        Accepted {
-                            stream,
-                            is_answered,
-                        },
-                    );
+                    let accepted = Accepted {
+                        stream,
+                        is_answered: false,
+                    };
+                    connections.insert(next, accepted);
                     next += 1;
                 }
             } else if let Some(connection) = connections.get_mut(&number) {

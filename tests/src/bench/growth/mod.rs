@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use self::conntrack_room::Room;
 use super::{
+    machine,
     probe::Pace,
     select::{Part, Selection},
     side::{DIRECT, FLOWS, NETLINK, Side},
@@ -145,8 +146,8 @@ pub fn measure(
 
 /// Those that conntrack and this machine's memory have room for.
 fn bearable(flows: &[u32], room: &Room, stages: usize) -> Result<Vec<u32>> {
-    let memory = conntrack_room::available()?;
-    let by_memory = conntrack_room::bearable(memory, stages.max(1) as u64);
+    let memory = machine::memory("MemAvailable")?.context("no MemAvailable in /proc/meminfo")?;
+    let by_memory = conntrack_room::fitting(memory, stages.max(1) as u64);
     let most = u64::from(room.flows).min(by_memory);
     let (fit, too_many) = within(flows, most);
     for count in too_many {

@@ -56,6 +56,22 @@ fn turns(flows: u32) -> u32 {
     (120_000 / flows).clamp(1, 8)
 }
 
+const fn rounds(flows: u32) -> usize {
+    if flows < VERY_MANY {
+        ROUNDS
+    } else {
+        FEW_ROUNDS
+    }
+}
+
+const fn server_ports(flows: u32) -> u32 {
+    if flows < VERY_MANY {
+        SERVER_PORTS
+    } else {
+        MORE_SERVER_PORTS
+    }
+}
+
 /// Transactions per second and nanoseconds of a lookup, at each of `sizes` subnets.
 ///
 /// Sizes that the agents do not reach in two minutes are left out.
@@ -185,12 +201,7 @@ pub(super) fn flows(sides: &[&Side], sizes: &[u32], room: u32, pace: Pace) -> Re
         .collect::<Result<Vec<_>>>()?;
     for size in sizes {
         let mut rates = vec![Vec::new(); stages.len()];
-        let rounds = if *size < VERY_MANY {
-            ROUNDS
-        } else {
-            FEW_ROUNDS
-        };
-        for _ in 0..rounds {
+        for _ in 0..rounds(*size) {
             for ((stage, held), rates) in stages.iter_mut().zip(&mut rates) {
                 // A full table loses packets.
                 if *held > 0 && *held + size > room.min(MOST_HELD) {
@@ -227,14 +238,10 @@ fn keep_flows(stage: &Stage) -> Result<()> {
 
 fn among(stage: &Stage, flows: u32, pace: Pace) -> Result<f64> {
     let to = stage.way_to(Port::Flows, Target::Pod);
-    let (cpu, seconds, turns) = (pace.cpu, pace.seconds, turns(flows));
+    let (cpu, seconds) = (pace.cpu, pace.seconds);
+    let (turns, ports) = (turns(flows), server_ports(flows));
     let way = stage.side.way(Target::Pod).context("a side between pods")?;
     stage.warm_up()?;
-    let ports = if flows < VERY_MANY {
-        SERVER_PORTS
-    } else {
-        MORE_SERVER_PORTS
-    };
     let watch = stage.watch()?;
     let (report, served): (FlowsReport, ServeReport) = Ends::start(
         stage.client(),
