@@ -10,7 +10,7 @@ pub use crate::own::entry::*;
 
 /// Version of everything in this file. Maps of another version are never
 /// reused: the agent fills new ones and moves the attached programs over.
-pub const LAYOUT_VERSION: u32 = 3;
+pub const LAYOUT_VERSION: u32 = 4;
 
 /// Name of the program at the ingress of a pod's host-side veth.
 pub const FROM_POD: &str = "from_pod";
@@ -72,6 +72,9 @@ pub const CLASSES: &str = "CLASSES";
 /// LRU hash: [`ClassKey`] of a server that the pod reaches through a Service too → 1. The kernel has
 /// to choose the ports of all its connections there.
 pub const TRANSLATED: &str = "TRANSLATED";
+/// Ring of [`FlowKey`]: connections that bypassed and that a RST has ended, as the RST went to the
+/// stack. Conntrack has not seen the acknowledgement that it compares a RST with.
+pub const RESETS: &str = "RESETS";
 /// Longest-prefix map: address that is never bypassed → 1.
 pub const EXCLUDED_SUBNETS: &str = "EXCLUDED_SUBNETS";
 /// Array of 1,024 `u64`: one bit per TCP or UDP port that is never bypassed.
@@ -113,6 +116,9 @@ pub const TRAILS: u32 = 2_048;
 pub const CANDIDATES: u32 = 16_384;
 /// Places in `HANDSHAKES`, for all CPUs together. One that another handshake took is none.
 pub const HANDSHAKE_PLACES: u32 = 4_096;
+/// Size of `RESETS` in bytes: a power of two and of whole pages, for 2,700 resets between two looks
+/// of the agent. What finds no room is not told.
+pub const RESETS_BYTES: u32 = 65_536;
 /// Places in `GENERATIONS`. Two things in one place cost a needless look at the stack, no more.
 pub const GENERATION_SLOTS: u32 = 4_096;
 /// Words of `EXCLUDED_PORTS`.
@@ -283,7 +289,10 @@ pub struct Verdict {
     /// Is the far end translated? 0 or 1.
     pub translated: u8,
     /// Always zero.
-    pub _pad: [u16; 3],
+    pub _pad: u16,
+    /// Of TCP: where the data of the last packet ends in sequence space, network order. A RST of the
+    /// same end that comes there is genuine.
+    pub end: [u8; 4],
 }
 const _: () = assert!(size_of::<Verdict>() == 56);
 

@@ -38,6 +38,10 @@ pub struct Packet {
     pub tcp_flags: u8,
     /// Length of the TCP or UDP header in bytes.
     pub header_len: u8,
+    /// Always zero.
+    pub _pad: [u8; 2],
+    /// TCP sequence number; zero for UDP.
+    pub seq: [u8; 4],
 }
 
 impl Packet {
@@ -49,19 +53,20 @@ impl Packet {
             return None;
         }
         let behind = offset + Ipv4Hdr::LEN;
-        let (sport, dport, tcp_flags, header_len) = match ip.proto {
+        let (sport, dport, seq, tcp_flags, header_len) = match ip.proto {
             header::TCP => {
                 let tcp = frame.at::<TcpHdr>(behind)?;
                 (
                     tcp.source,
                     tcp.dest,
+                    tcp.seq,
                     header::tcp_flags(tcp),
                     header::tcp_len(tcp) as u8,
                 )
             }
             header::UDP => {
                 let udp = frame.at::<UdpHdr>(behind)?;
-                (udp.src, udp.dst, 0, UdpHdr::LEN as u8)
+                (udp.src, udp.dst, [0; 4], 0, UdpHdr::LEN as u8)
             }
             _ => return None,
         };
@@ -82,7 +87,21 @@ impl Packet {
             id: ip.id,
             tcp_flags,
             header_len,
+            _pad: [0; 2],
+            seq,
         })
+    }
+
+    /// Where its data ends in TCP's sequence space, network order: there the next packet of its
+    /// sender begins.
+    #[inline(always)]
+    #[must_use]
+    pub const fn end(&self) -> [u8; 4] {
+        let headers = <Ipv4Hdr as crate::header::Header>::LEN as u32 + self.header_len as u32;
+        u32::from_be_bytes(self.seq)
+            .wrapping_add(self.len as u32)
+            .wrapping_sub(headers)
+            .to_be_bytes()
     }
 
     /// Does it open or end a connection? Conntrack must see those.

@@ -156,7 +156,7 @@ fn check(program: &'static str, table: Vec<Row>) {
         if let Some(key) = &key {
             let mut table: HashMap<_, FlowKey, OwnFlow> = map!(programs, OWN);
             table
-                .insert(key, own::opened(Way::Out, 1, 0), 0)
+                .insert(key, own::opened(Way::Out, 0), 0)
                 .expect("connection written");
         }
         let Some(expect) = expected(&row, key.is_some()) else {
@@ -267,7 +267,7 @@ fn identifications_advance_packet_by_packet() {
     let mut table: HashMap<_, FlowKey, OwnFlow> = map!(programs, OWN);
     let key = connection(row).expect("TCP");
     table
-        .insert(key, own::opened(Way::Out, 1, 0), 0)
+        .insert(key, own::opened(Way::Out, 0), 0)
         .expect("connection written");
     let ident = |out: &[u8]| u16::from_be_bytes([out[18], out[19]]);
     let program = programs.classifier(FROM_POD).expect("program");

@@ -4,7 +4,7 @@
 use anyhow::{Result, ensure};
 use lab::{
     classes::{own, until_own_tables_are_empty},
-    closing::{AFTER_RESET, Left, forget_resets_soon, in_every_orderly_way},
+    closing::{Left, SETTLED, in_every_orderly_way, remember_resets},
     conntrack::Census,
     kube::{CONNECTIONS_PORT, Kube, SERVICE, Side, Via, on, pause},
     pod::Pod,
@@ -16,7 +16,7 @@ use lab::{
 /// Connections that end in every way.
 fn close_in_every_way(kube: &Kube, via: Via) -> Result<Left> {
     let (a, b) = kube.cluster.nodes();
-    forget_resets_soon(kube)?;
+    remember_resets(kube)?;
     let count = u64::from(repetitions(600, 10_000));
     let arguments = format!("--count {count} --at-once 16 --exchanges 4 --size 512");
     let what = format!("{:?} {via:?}", kube.side());
@@ -31,7 +31,7 @@ fn close_in_every_way(kube: &Kube, via: Via) -> Result<Left> {
         until_own_tables_are_empty([a, b])?;
         println!("{:?}\n{:?}", own(a)?, own(b)?);
     }
-    pause(f64::from(AFTER_RESET) + 1.0);
+    pause(SETTLED);
     Left::now(kube, troubles)
 }
 

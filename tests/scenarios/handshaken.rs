@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use lab::{
     classes::{established, own, poll_status, serve, until_own_tables_are_empty},
-    closing::{AFTER_RESET, Left, forget_resets_soon, in_every_orderly_way},
+    closing::{Left, SETTLED, in_every_orderly_way, remember_resets},
     conntrack::{self, Census, check_alike},
     kube::{CONNECTIONS_PORT, Kube, Side, Via, on, pause},
     paths::{self, Way},
@@ -71,7 +71,7 @@ fn so_it_does_where_all_else_bypasses_from_the_syn_on() {
 
 /// What connections that end in every way leave on the client's node.
 fn closed(kube: &Kube) -> Result<Left> {
-    forget_resets_soon(kube)?;
+    remember_resets(kube)?;
     let count = u64::from(repetitions(150, 3_000));
     let what = format!("{:?}", kube.side());
     let troubles = in_every_orderly_way(&what, |ending| {
@@ -90,8 +90,7 @@ fn closed(kube: &Kube) -> Result<Left> {
         until_own_tables_are_empty([a, b])?;
         println!("{:?}", own(a)?);
     }
-    // Its timer has a resolution of its own.
-    pause(f64::from(AFTER_RESET) + 2.0);
+    pause(SETTLED);
     Left::now(kube, troubles)
 }
 

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use lab::{
-    closing::{AFTER_RESET, Left, forget_resets_soon, in_every_orderly_way},
+    closing::{Left, SETTLED, in_every_orderly_way, remember_resets},
     conntrack::{self, Census, check_alike},
     kube::{CONNECTIONS_PORT, Kube, Via, compare, learned, pause},
     scenario::repetitions,
@@ -15,7 +15,7 @@ const FIRST_PORT: u64 = 20_000;
 
 /// Every ending that the client brings about, then clients that vanish.
 fn close_in_every_way(kube: &Kube, via: Via) -> Result<Left> {
-    forget_resets_soon(kube)?;
+    remember_resets(kube)?;
     let count = u64::from(repetitions(1050, 10_000)) / 7;
     let ports = |ending| format!("--first-port {}", FIRST_PORT + ending as u64 * count);
     let before = kube.taken()?;
@@ -30,7 +30,7 @@ fn close_in_every_way(kube: &Kube, via: Via) -> Result<Left> {
     // Short as they are, each is bypassed for a while: else nothing is tested.
     kube.expect_bypassed(&before, 0.2)?;
     vanish(kube, via, count, &ports(Ending::Silent))?;
-    pause(f64::from(repetitions(AFTER_RESET + 2, 15)));
+    pause(SETTLED);
     Left::now(kube, troubles)
 }
 
@@ -111,8 +111,8 @@ fn every_ending_through_a_service_leaves_what_the_kernel_path_leaves() {
 #[test]
 fn a_reset_after_three_gigabytes_ends_the_entry() {
     // More than half of the sequence space: only with tcp_ignore_invalid_rst is it believed.
-    let live = |kube: &Kube| {
-        forget_resets_soon(kube)?;
+    let left = |kube: &Kube| {
+        remember_resets(kube)?;
         let before = kube.taken()?;
         let (client, server) = kube.connections(
             Via::Service,
@@ -122,25 +122,31 @@ fn a_reset_after_three_gigabytes_ends_the_entry() {
         client.check()?;
         server.check().context("the reset did not arrive")?;
         kube.expect_bypassed(&before, 0.9)?;
-        pause(f64::from(AFTER_RESET) + 2.0);
+        pause(SETTLED);
         let (a, b) = kube.cluster.nodes();
-        let live = |census: Census| census.get("tcp ESTABLISHED").copied().unwrap_or(0);
+        let states = |census: Census| {
+            ["ESTABLISHED", "CLOSE"]
+                .map(|state| census.get(&format!("tcp {state}")).copied().unwrap_or(0))
+        };
         Ok([
-            live(conntrack::census(a.namespace())?),
-            live(conntrack::census(b.namespace())?),
+            states(conntrack::census(a.namespace())?),
+            states(conntrack::census(b.namespace())?),
         ])
     };
     if repetitions(0, 1) == 1 {
-        let states = compare(live);
+        let states = compare(left);
         assert_eq!(
             states.learned, states.netlink,
-            "entries that live on, on each node"
+            "entries ESTABLISHED and CLOSE, on each node"
         );
     } else {
         // What the kernel path leaves is known.
         learned(|kube| {
-            let states = live(kube)?;
-            ensure!(states == [0, 0], "entries that live on: {states:?}");
+            let states = left(kube)?;
+            ensure!(
+                states == [[0, 1]; 2],
+                "entries ESTABLISHED and CLOSE, on each node: {states:?}"
+            );
             Ok(())
         });
     }

@@ -37,19 +37,19 @@ pub fn in_every_orderly_way(
     Ok(troubles)
 }
 
-/// How long an entry stays after a reset, in seconds, with [`forget_resets_soon`]. It goes by that even
-/// where its state is not called CLOSE: conntrack has not seen all that came before the reset.
-pub const AFTER_RESET: u32 = 3;
+/// Seconds until agents have told connection tracking how the last connection ended.
+pub const SETTLED: f64 = 3.0;
 
-/// Has both nodes forget an entry [`AFTER_RESET`].
+/// Has both nodes remember a reset for as long as an orderly end: so it is seen which state the entry
+/// of a connection ends in.
 ///
 /// # Errors
 /// When a node's kernel does not take it.
-pub fn forget_resets_soon(kube: &Kube) -> Result<()> {
+pub fn remember_resets(kube: &Kube) -> Result<()> {
     let (a, b) = kube.cluster.nodes();
     for node in [a, b] {
         let key = "net.netfilter.nf_conntrack_tcp_timeout_close";
-        node.namespace().sysctl(key, &AFTER_RESET.to_string())?;
+        node.namespace().sysctl(key, "120")?;
     }
     Ok(())
 }

@@ -211,12 +211,16 @@ fn translate(
 
 /// One more packet that bypassed the stack.
 #[inline(always)]
-fn tally(verdict: &Verdict) {
+fn tally(verdict: &Verdict, packet: &Packet) {
     // SAFETY: a map's value. Two CPUs at once may lose a count, which nothing depends on. Volatile,
     // because others change the value as well: the reference alone would say nobody does.
     unsafe {
         let packets = (&raw const verdict.packets).cast_mut();
         packets.write_volatile(packets.read_volatile().wrapping_add(1));
+        (&raw const verdict.end)
+            .cast_mut()
+            .cast::<u32>()
+            .write_volatile(u32::from_ne_bytes(packet.end()));
     }
 }
 
@@ -231,7 +235,7 @@ pub(super) fn send_learned(context: &TcContext, entry: &OutFlow, packet: &Packet
     if verdict.tag != hash::tag(&packet.key) || entry.tag != verdict.tag {
         return (Reason::OutUnlearned, NEXT);
     }
-    tally(&entry.verdict);
+    tally(&entry.verdict, packet);
 
     if context
         .adjust_room(OVERHEAD as i32, BPF_ADJ_ROOM_MAC, GROW)
@@ -306,7 +310,7 @@ pub(super) fn deliver_learned(
         return (Reason::InUnlearned, NEXT);
     }
     let (ttl, check) = learned::next_hop(&verdict, packet, tos);
-    tally(&entry.verdict);
+    tally(&entry.verdict, packet);
 
     if context
         .adjust_room(-(OVERHEAD as i32), BPF_ADJ_ROOM_MAC, SHRINK)

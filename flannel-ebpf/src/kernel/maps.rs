@@ -3,7 +3,7 @@
 use aya_ebpf::{
     helpers::{bpf_get_prandom_u32, bpf_jiffies64},
     macros::map,
-    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, lpm_trie::Key},
 };
 use flannel_ebpf::{
     candidate::{self, Counted},
@@ -12,7 +12,7 @@ use flannel_ebpf::{
         Answered, CANDIDATES, Candidate, Class, ClassKey, DEFAULT_FLOWS, Epoch, FlowKey,
         GENERATION_SLOTS, HANDSHAKE_PLACES, InFlow, LocalPod, MAX_CLASSES, MAX_EXCLUDED_SUBNETS,
         MAX_LOCAL_PODS, MAX_REMOTE_SUBNETS, NOTES, NodeConfig, Note, OWN_FLOWS, OutFlow, OwnFlow,
-        PORT_WORDS, RemoteSubnet, TEMPLATE_LEN, TRAILS, Tally, Trail,
+        PORT_WORDS, RESETS_BYTES, RemoteSubnet, TEMPLATE_LEN, TRAILS, Tally, Trail,
     },
     reason::Reason,
     sighting::Way,
@@ -81,6 +81,9 @@ static CANDIDATES_IN: PerCpuArray<Candidate> = PerCpuArray::with_max_entries(CAN
 #[map]
 static HANDSHAKES: Array<Answered> = Array::with_max_entries(HANDSHAKE_PLACES, 0);
 
+#[map]
+static RESETS: RingBuf = RingBuf::with_byte_size(RESETS_BYTES, 0);
+
 /// Room beside the stack.
 #[map]
 static SCRATCH_TEMPLATE: PerCpuArray<[u8; TEMPLATE_LEN]> = PerCpuArray::with_max_entries(1, 0);
@@ -109,6 +112,8 @@ static EXCLUDED_PORTS: Array<u64> = Array::with_max_entries(PORT_WORDS, 0);
 const BPF_F_NO_PREALLOC: u32 = 1;
 /// Only where there is no entry yet.
 const BPF_NOEXIST: u64 = 1;
+/// Nobody is woken: the agent looks by itself.
+const BPF_RB_NO_WAKEUP: u64 = 1;
 
 /// The maps as the decisions see them.
 pub(super) struct KernelTables;
@@ -326,6 +331,13 @@ pub(super) fn mark_translated(class: &ClassKey) {
     // A constant behind a reference would become a section of the object, and so a map.
     let value = core::hint::black_box(1);
     let _ = TRANSLATED.insert(class, value, 0);
+}
+
+/// Tells the agent of a connection that bypassed and was reset. Without room it is not told:
+/// conntrack forgets the connection all the same.
+#[inline(always)]
+pub(super) fn tell_reset(key: &FlowKey) {
+    let _ = RESETS.output::<FlowKey>(key, BPF_RB_NO_WAKEUP);
 }
 
 /// Withdraws the entry of a flow that a pod sends.

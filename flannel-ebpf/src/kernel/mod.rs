@@ -21,11 +21,11 @@ use flannel_ebpf::{
     encap::{self, Leave},
     frame::Frame as _,
     header::{self, Ethernet},
-    layout::{FAST_PATH_LEARNED, FlowKey, NodeConfig, Verdict},
+    layout::{FAST_PATH_LEARNED, NodeConfig, Verdict},
     learned::Hit,
     outer::INNER_IP,
     own::opening,
-    packet::Packet,
+    packet::{Packet, RST},
     reason::{Action, Reason},
     sighting::Way,
 };
@@ -89,7 +89,7 @@ fn leave(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Result<(Reason,
             Hit::Kernel { reason, note: true } => (packet, Some(reason)),
             Hit::Kernel { reason, .. } => return Err(reason),
             Hit::End(flow) => {
-                end(Way::Out, &packet.key, &flow.verdict);
+                end(Way::Out, &packet, &flow.verdict);
                 (packet, None)
             }
         },
@@ -145,7 +145,12 @@ fn unknown_out(
 
 /// A connection ends or begins anew: both directions go back to the stack.
 #[inline(always)]
-fn end(way: Way, key: &FlowKey, verdict: &Verdict) {
+fn end(way: Way, packet: &Packet, verdict: &Verdict) {
+    let key = &packet.key;
+    // Conntrack would compare it with an acknowledgement that may have bypassed.
+    if packet.tcp_flags & RST != 0 && packet.seq == verdict.end {
+        maps::tell_reset(key);
+    }
     let mut opposite = key.reversed();
     match way {
         Way::Out => {
@@ -196,7 +201,7 @@ fn arrive(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Result<(Reason
             }
             Hit::Kernel { reason, .. } => return Err(reason),
             Hit::End(flow) => {
-                end(Way::In, &packet.key, &flow.verdict);
+                end(Way::In, &packet, &flow.verdict);
                 packet
             }
         },

@@ -12,7 +12,7 @@ use flannel_ebpf::{
         class::{self, Now, Standing},
         opening, quoted as quotation,
     },
-    packet::Packet,
+    packet::{FIN, Packet, RST},
     reason::Reason,
     sighting::Way,
     tables::Tables as _,
@@ -38,12 +38,13 @@ pub(super) enum Own {
 }
 
 #[inline(always)]
-fn segment(wire: &Wire, ip: usize) -> Option<Segment> {
+fn segment(wire: &Wire, ip: usize, packet: &Packet) -> Option<Segment> {
     let tcp = wire.at::<TcpHdr>(ip + Ipv4Hdr::LEN)?;
     Some(Segment {
-        flags: flannel_ebpf::header::tcp_flags(tcp),
-        seq: tcp.seq,
+        flags: packet.tcp_flags,
+        seq: packet.seq,
         ack: tcp.ack_seq,
+        end: packet.end(),
     })
 }
 
@@ -137,7 +138,7 @@ fn admit(
 ) -> Result<(), Own> {
     let now = maps::jiffies();
     if !own::is_opening(packet.tcp_flags) {
-        let (Some(entry), Some(segment)) = (entry, segment(wire, ip)) else {
+        let (Some(entry), Some(segment)) = (entry, segment(wire, ip, packet)) else {
             return Err(Own::Stranger);
         };
         // SAFETY: a map's value that only the agent deletes, long after its last packet; each end
@@ -145,6 +146,11 @@ fn admit(
         let flow = unsafe { &mut *entry };
         let before = own::is_settled(flow);
         if !own::advance(flow, way, segment, now) {
+            return Err(Own::Stranger);
+        }
+        // The agent may have taken the entry out since it was found: conntrack has the connection,
+        // and would never hear of its end.
+        if packet.tcp_flags & (FIN | RST) != 0 && maps::own(key).is_none() {
             return Err(Own::Stranger);
         }
         if !before && own::is_settled(flow) && opening::needs_class(node) {
@@ -185,7 +191,7 @@ fn admit(
             unsafe { class::opens(&mut *class, &epoch, now) };
         }
     };
-    let flow = own::opened(way, epoch.generation, now);
+    let flow = own::opened(way, now);
     let Some(entry) = entry else {
         if maps::open(key, &flow) {
             opens();

@@ -202,14 +202,15 @@ fn is_current(verdict: &Verdict, tail: u32, key: &FlowKey) -> bool {
         && verdict.peer_generation == KernelTables.generation(u32::from(verdict.peer_slot))
 }
 
-/// The verdict holds on from now.
+/// The verdict holds on from now, when this packet has come out of the stack.
 #[inline(always)]
-fn refresh(verdict: *mut Verdict, now: u32, generation: u32) {
+fn refresh(verdict: *mut Verdict, packet: &Packet, now: u32, generation: u32) {
     // SAFETY: a map's value that the caller has just compared; single words.
     unsafe {
         (*verdict).seen = now;
         (*verdict).probed = now;
         (*verdict).generation = generation;
+        (*verdict).end = packet.end();
     }
 }
 
@@ -268,7 +269,12 @@ pub(super) fn left(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Optio
                 unsafe {
                     (*entry).template[34] = left.template[34];
                     (*entry).template[35] = left.template[35];
-                    refresh(&raw mut (*entry).verdict, leaving.at, note.generation);
+                    refresh(
+                        &raw mut (*entry).verdict,
+                        &packet,
+                        leaving.at,
+                        note.generation,
+                    );
                 }
                 return Some(Reason::LearnOutConfirmed);
             }
@@ -293,7 +299,9 @@ pub(super) fn left(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Optio
     }
     // SAFETY: as the template.
     let entry = unsafe { &mut *maps::scratch_out()? };
-    Some(match left.entry(note, &KernelTables, leaving.at, entry) {
+    let made = left.entry(note, &KernelTables, leaving.at, entry);
+    entry.verdict.end = packet.end();
+    Some(match made {
         Ok(()) if maps::keep_out(&note.key, entry) => Reason::LearnOutLearned,
         Ok(()) => Reason::LearnOutNoRoom,
         Err(reason) => {
@@ -343,7 +351,14 @@ pub(super) fn arrived(wire: &Wire, node: &NodeConfig) -> Option<Reason> {
         if arrived.agrees(note, flow) {
             if is_current(&flow.verdict, flow.tag, &note.key) {
                 // SAFETY: as above.
-                unsafe { refresh(&raw mut (*entry).verdict, leaving.at, note.generation) };
+                unsafe {
+                    refresh(
+                        &raw mut (*entry).verdict,
+                        &packet,
+                        leaving.at,
+                        note.generation,
+                    );
+                };
                 return Some(Reason::LearnInConfirmed);
             }
             known = true;
@@ -357,16 +372,16 @@ pub(super) fn arrived(wire: &Wire, node: &NodeConfig) -> Option<Reason> {
     }
     // SAFETY: a per-CPU value; programs at TC do not interrupt each other on one CPU.
     let entry = unsafe { &mut *maps::scratch_in()? };
-    Some(
-        match arrived.entry(&Shown::by(note), &KernelTables, leaving.at, entry) {
-            Ok(()) if maps::keep_in(&note.key, entry) => Reason::LearnInLearned,
-            Ok(()) => Reason::LearnInNoRoom,
-            Err(reason) => {
-                if known {
-                    maps::forget_in(&note.key);
-                }
-                reason
+    let made = arrived.entry(&Shown::by(note), &KernelTables, leaving.at, entry);
+    entry.verdict.end = packet.end();
+    Some(match made {
+        Ok(()) if maps::keep_in(&note.key, entry) => Reason::LearnInLearned,
+        Ok(()) => Reason::LearnInNoRoom,
+        Err(reason) => {
+            if known {
+                maps::forget_in(&note.key);
             }
-        },
-    )
+            reason
+        }
+    })
 }

@@ -43,8 +43,10 @@ pub struct OwnFlow {
     pub pod: OwnEnd,
     /// What the peer has sent.
     pub peer: OwnEnd,
-    /// Global generation at its birth.
-    pub generation: u32,
+    /// Where the data of the last packet ended in sequence space, as on the wire; zero if that was
+    /// a SYN, FIN or RST. The ends' numbers have nothing to do with each other: one in four thousand
+    /// million is taken for the other end's.
+    pub last_end: [u8; 4],
     /// 0: the pod is the client; 1: the peer is.
     pub opener: u8,
     /// 1: the kernel has this tuple; the entry carries nothing any more.

@@ -18,7 +18,7 @@ pub mod quoted;
 
 use self::entry::{OwnEnd, OwnFlow};
 use crate::{
-    packet::{ACK, FIN, RST, SYN},
+    packet::{ACK, BOUNDARY, FIN, RST, SYN},
     sighting::Way,
 };
 
@@ -31,6 +31,8 @@ pub struct Segment {
     pub seq: [u8; 4],
     /// Acknowledgement number, as on the wire.
     pub ack: [u8; 4],
+    /// Where its data ends in sequence space, network order.
+    pub end: [u8; 4],
 }
 
 /// How far a connection is.
@@ -60,10 +62,9 @@ pub const fn is_opening(flags: u8) -> bool {
 /// The entry of a connection whose SYN goes this way.
 #[inline(always)]
 #[must_use]
-pub fn opened(way: Way, generation: u32, now: u32) -> OwnFlow {
+pub fn opened(way: Way, now: u32) -> OwnFlow {
     OwnFlow {
         born: now,
-        generation,
         opener: way as u8,
         ..OwnFlow::default()
     }
@@ -202,9 +203,13 @@ pub const fn advance(flow: &mut OwnFlow, way: Way, segment: Segment, now: u32) -
         Way::In => (&mut flow.peer, &flow.pod),
     };
     if segment.flags & RST != 0 {
-        // It counts where it meets the other end's last ACK; so does one to an end that has
-        // acknowledged nothing: the answer to a SYN.
-        if !other.has_acknowledged() || equal(segment.seq, other.ack) {
+        // It counts where it meets the other end's last ACK, or follows its own end's data that
+        // nobody has acknowledged yet; so does one to an end that has acknowledged nothing: the
+        // answer to a SYN.
+        if !other.has_acknowledged()
+            || equal(segment.seq, other.ack)
+            || follows(segment.seq, flow.last_end)
+        {
             own.rst = 1;
         } else {
             own.doubtful_rst = 1;
@@ -226,6 +231,11 @@ pub const fn advance(flow: &mut OwnFlow, way: Way, segment: Segment, now: u32) -
             own.fin = 1;
         }
     }
+    flow.last_end = if segment.flags & BOUNDARY == 0 {
+        segment.end
+    } else {
+        [0; 4]
+    };
     // Two CPUs that close it at once may each miss what the other writes; the next packet does not.
     if is_over(flow) && (!was_over || flow.closed == 0) {
         flow.closed = now;
@@ -240,6 +250,12 @@ const fn is_later(one: [u8; 4], other: [u8; 4]) -> bool {
         .wrapping_sub(u32::from_be_bytes(other))
         .cast_signed()
         > 0
+}
+
+/// Does it begin where data ended?
+#[inline(always)]
+const fn follows(seq: [u8; 4], end: [u8; 4]) -> bool {
+    equal(seq, end) && !equal(end, [0; 4])
 }
 
 #[inline(always)]

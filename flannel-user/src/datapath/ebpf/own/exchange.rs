@@ -19,10 +19,16 @@ use crate::datapath::{
     ebpf::epoch::Clock,
 };
 
+/// Connections that are asked for, and then told to be reset, in one go.
+const RESETS_AT_ONCE: usize = 16;
+
 /// Both tables.
 pub(super) struct Exchange {
     table: OwnTable,
     conntrack: Option<ConntrackTable>,
+    /// Flows that bypassed and that a RST has ended, told at the last look: conntrack may not have
+    /// seen the RST by then.
+    resets: Vec<FlowKey>,
 }
 
 /// What one look found and did.
@@ -51,6 +57,7 @@ impl Exchange {
         Self {
             table,
             conntrack: None,
+            resets: Vec::new(),
         }
     }
 
@@ -141,6 +148,38 @@ impl Exchange {
             "connections through Services noted"
         );
         Ok(())
+    }
+
+    /// Tells conntrack which RST was genuine, of those that programs have told of until the last
+    /// call.
+    pub(super) fn tell_resets(&mut self) {
+        let news = self.table.take_resets();
+        let resets = std::mem::replace(&mut self.resets, news);
+        if resets.is_empty() {
+            return;
+        }
+        let timeouts = Timeouts::read();
+        let conntrack = match self.reach_conntrack() {
+            Ok(conntrack) => conntrack,
+            Err(error) => {
+                debug!(%error, resets = resets.len(), "conntrack is not told of resets");
+                return;
+            }
+        };
+        let tuples: Vec<Tuple> = resets.iter().map(handover::way).collect();
+        // What is read is not old when it is written back: the port may be used again.
+        for tuples in tuples.chunks(RESETS_AT_ONCE) {
+            let ended: Vec<Entry> = conntrack
+                .get_many(tuples)
+                .into_iter()
+                .filter_map(|answer| handover::after_reset(&answer.ok()??, &timeouts))
+                .collect();
+            for result in conntrack.update(&ended) {
+                if let Err(error) = result {
+                    debug!(%error, "conntrack refused the end of a connection");
+                }
+            }
+        }
     }
 
     /// Goes through the table once.

@@ -122,12 +122,17 @@ pub(super) fn due(flow: &OwnFlow, extent: Extent<'_>) -> Due {
     }
 }
 
-/// The connection as conntrack names it: as the client sends.
-pub(super) fn tuple(key: &FlowKey, flow: &OwnFlow) -> Tuple {
-    let sent = Tuple {
+/// The way of a packet as conntrack names it.
+pub(super) fn way(key: &FlowKey) -> Tuple {
+    Tuple {
         source: end(key.src, key.sport),
         destination: end(key.dst, key.dport),
-    };
+    }
+}
+
+/// The connection as conntrack names it: as the client sends.
+pub(super) fn tuple(key: &FlowKey, flow: &OwnFlow) -> Tuple {
+    let sent = way(key);
     match own::opener(flow.opener) {
         Way::Out => sent,
         Way::In => sent.reversed(),
@@ -158,6 +163,16 @@ pub(super) fn entry(key: &FlowKey, flow: &OwnFlow, timeouts: &Timeouts) -> Entry
         entry.timeout = entry.timeout.min(timeouts.close);
     }
     entry
+}
+
+/// What conntrack has to be told of a connection that a RST has ended: it saw the RST, but not the
+/// acknowledgement that it compares it with, and so kept the state and gave it the time of a RST.
+pub(super) fn after_reset(entry: &Entry, timeouts: &Timeouts) -> Option<Entry> {
+    let is_doubted = entry.state == TcpState::Established && entry.timeout <= timeouts.close;
+    is_doubted.then(|| Entry {
+        state: TcpState::Close,
+        ..entry.clone()
+    })
 }
 
 /// What conntrack has to be told once more, if the connection went on while it was told of it.
@@ -191,12 +206,13 @@ mod tests {
 
     /// A connection from the peer to the pod after these packets of (way, flags).
     fn after(packets: &[(Way, u8)], born: u32) -> OwnFlow {
-        let mut flow = opened(Way::In, 1, born);
+        let mut flow = opened(Way::In, born);
         for (way, flags) in packets {
             let segment = Segment {
                 flags: *flags,
                 seq: [0, 0, 0, 1],
                 ack: [0, 0, 0, 9],
+                end: [0, 0, 0, 3],
             };
             assert!(advance(&mut flow, *way, segment, born));
         }
@@ -232,6 +248,24 @@ mod tests {
             );
             assert!(!entry.is_translated());
         }
+    }
+
+    #[test]
+    fn a_doubted_reset_is_told_and_nothing_else() {
+        let timeouts = Timeouts::default();
+        let after = |state, timeout| {
+            let entry = Entry {
+                state,
+                ..entry(&key(), &after(&OPEN, 0), &timeouts)
+            };
+            after_reset(&Entry { timeout, ..entry }, &timeouts)
+        };
+        let told = after(TcpState::Established, 10).expect("it was reset");
+        assert_eq!((told.state, told.timeout), (TcpState::Close, 10));
+        // It lives: a packet has come since, or another connection has the tuple.
+        assert_eq!(after(TcpState::Established, 432_000), None);
+        assert_eq!(after(TcpState::SynSent, 9), None);
+        assert_eq!(after(TcpState::Close, 9), None);
     }
 
     #[test]

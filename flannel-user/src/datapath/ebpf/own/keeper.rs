@@ -175,6 +175,7 @@ impl Keeper {
     /// Nothing has happened, or rules may have changed that make no event.
     fn tick(&mut self) {
         self.ticked = Instant::now();
+        self.exchange.tell_resets();
         let is_due = self.is_beat_due();
         // In any case, or the same news would end the next wait.
         let has_news = self.opening == Opening::Classes && self.rules.have_news();

@@ -6,9 +6,11 @@ use std::{
     path::Path,
 };
 
-use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray};
+use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, RingBuf};
 use flannel_ebpf::{
-    layout::{CLASSES, COUNTERS, Class, ClassKey, FlowKey, OWN, OwnFlow, TRANSLATED, Tally},
+    layout::{
+        CLASSES, COUNTERS, Class, ClassKey, FlowKey, OWN, OwnFlow, RESETS, TRANSLATED, Tally,
+    },
     reason::Reason,
 };
 
@@ -25,6 +27,7 @@ pub(super) struct OwnTable {
     class_data: MapData,
     classes: HashMap<MapData, ClassKey, Class>,
     counters: PerCpuArray<MapData, Tally>,
+    resets: RingBuf<MapData>,
 }
 
 /// `union bpf_attr` of the commands on one element.
@@ -53,6 +56,9 @@ impl OwnTable {
                 .try_into()
                 .map_err(map_failed("open", CLASSES))?,
             counters: pinned(maps, COUNTERS)?,
+            resets: Map::RingBuf(open(RESETS)?)
+                .try_into()
+                .map_err(map_failed("open", RESETS))?,
         })
     }
 
@@ -103,6 +109,15 @@ impl OwnTable {
     /// Removes one entry; that it is gone already is fine.
     pub(super) fn delete(&mut self, key: &FlowKey) {
         let _ = self.entries.remove(key);
+    }
+
+    /// What programs have told since the last call: flows that a RST has ended, as it went.
+    pub(super) fn take_resets(&mut self) -> Vec<FlowKey> {
+        let mut resets = Vec::new();
+        while let Some(item) = self.resets.next() {
+            resets.extend(bytemuck::try_pod_read_unaligned::<FlowKey>(&item).ok());
+        }
+        resets
     }
 
     /// The kernel chooses the ports of connections of this class.
