@@ -1,6 +1,9 @@
 //! Between the table of own connections and conntrack.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use flannel_ebpf::{
     layout::{ClassKey, FlowKey, OwnFlow},
@@ -19,6 +22,8 @@ use crate::datapath::{
     ebpf::epoch::Clock,
 };
 
+/// How long a RST may take from the program that has seen it to conntrack.
+const RESET_UNDER_WAY: Duration = Duration::from_millis(50);
 /// Connections that are asked for, and then told to be reset, in one go.
 const RESETS_AT_ONCE: usize = 16;
 
@@ -26,9 +31,10 @@ const RESETS_AT_ONCE: usize = 16;
 pub(super) struct Exchange {
     table: OwnTable,
     conntrack: Option<ConntrackTable>,
-    /// Flows that bypassed and that a RST has ended, told at the last look: conntrack may not have
-    /// seen the RST by then.
+    /// Flows that bypassed and that a RST has ended, as programs had told until `resets_taken`:
+    /// conntrack may not have seen the RST by then.
     resets: Vec<FlowKey>,
+    resets_taken: Instant,
 }
 
 /// What one look found and did.
@@ -58,6 +64,7 @@ impl Exchange {
             table,
             conntrack: None,
             resets: Vec::new(),
+            resets_taken: Instant::now(),
         }
     }
 
@@ -150,9 +157,12 @@ impl Exchange {
         Ok(())
     }
 
-    /// Tells conntrack which RST was genuine, of those that programs have told of until the last
-    /// call.
+    /// Tells conntrack which RST was genuine, of those that programs have told of for a while.
     pub(super) fn tell_resets(&mut self) {
+        if self.resets_taken.elapsed() < RESET_UNDER_WAY {
+            return;
+        }
+        self.resets_taken = Instant::now();
         let news = self.table.take_resets();
         let resets = std::mem::replace(&mut self.resets, news);
         if resets.is_empty() {
