@@ -169,6 +169,7 @@ const fn verdict(row: &Row) -> &'static str {
 #[must_use]
 pub fn number(value: f64) -> String {
     match value.abs() {
+        million if million >= 1_000_000.0 => format!("{:.2} M", value / 1_000_000.0),
         large if large >= 100_000.0 => format!("{:.1} k", value / 1000.0),
         large if large >= 1000.0 => format!("{:.2} k", value / 1000.0),
         middle if middle >= 100.0 => format!("{value:.0}"),
