@@ -290,7 +290,7 @@ pub struct Verdict {
     pub translated: u8,
     /// Always zero.
     pub _pad: u16,
-    /// Of TCP: where the data of the last packet ends in sequence space, network order. A RST of the
+    /// Of TCP: how far data has come in sequence space, network order; zero if none has. A RST of the
     /// same end that comes there is genuine.
     pub end: [u8; 4],
 }
@@ -324,8 +324,11 @@ pub struct OutFlow {
     pub template: [u8; TEMPLATE_LEN],
     /// [`Verdict::tag`] again.
     pub tag: u32,
+    /// Of TCP: how far it has acknowledged the other direction's data, network order; zero if it has
+    /// not. A RST of the other direction that comes there is genuine.
+    pub ack: [u8; 4],
     /// Always zero.
-    pub _end: [u32; 2],
+    pub _end: u32,
 }
 const _: () = assert!(size_of::<OutFlow>() == 160);
 
@@ -345,8 +348,8 @@ pub struct InFlow {
     pub macs: [u8; 12],
     /// [`Verdict::tag`] again.
     pub tag: u32,
-    /// Always zero.
-    pub _end: u32,
+    /// As [`OutFlow::ack`].
+    pub ack: [u8; 4],
 }
 const _: () = assert!(size_of::<InFlow>() == 88);
 

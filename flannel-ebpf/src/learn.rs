@@ -185,7 +185,8 @@ impl Left<'_> {
         entry.outer_sum = outer_sum(self.template);
         entry.template = *self.template;
         entry.tag = entry.verdict.tag;
-        entry._end = [0; 2];
+        entry.ack = [0; 4];
+        entry._end = 0;
         Ok(())
     }
 }
@@ -263,7 +264,7 @@ impl Arrived {
         entry.node = peer;
         entry.macs = self.macs;
         entry.tag = entry.verdict.tag;
-        entry._end = 0;
+        entry.ack = [0; 4];
         Ok(())
     }
 }

@@ -15,6 +15,29 @@ pub const SYN: u8 = 0b010;
 /// TCP flag ACK.
 pub const ACK: u8 = 0b1_0000;
 
+/// Does the one number come after the other in sequence space (RFC 9293 section 3.4)? Both in
+/// network order.
+#[inline(always)]
+#[must_use]
+pub const fn is_later(one: [u8; 4], other: [u8; 4]) -> bool {
+    u32::from_be_bytes(one)
+        .wrapping_sub(u32::from_be_bytes(other))
+        .cast_signed()
+        > 0
+}
+
+/// How far data has come that came to `known` before (zero for nowhere), with a packet that says
+/// `told`. What is sent again, or asks whether the other end lives, says less.
+#[inline(always)]
+#[must_use]
+pub const fn furthest(known: [u8; 4], told: [u8; 4]) -> [u8; 4] {
+    if u32::from_ne_bytes(known) == 0 || is_later(told, known) {
+        told
+    } else {
+        known
+    }
+}
+
 /// A TCP or UDP packet over IPv4, neither a fragment nor with IP options.
 ///
 /// Order and alignment matter: the compiler may move neighbouring fields as one word, and the
@@ -126,6 +149,48 @@ impl Packet {
             self.len as u32
         } else {
             <Ipv4Hdr as crate::header::Header>::LEN as u32 + self.header_len as u32 + gso_size
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn data_ends_behind_all_headers_and_round_the_circle() {
+        let mut packet = Packet {
+            key: FlowKey::default(),
+            len: 20 + 32 + 100,
+            id: [0; 2],
+            check: [0; 2],
+            tos: 0,
+            ttl: 64,
+            tcp_flags: ACK,
+            header_len: 32,
+            _pad: [0; 2],
+            seq: 1000u32.to_be_bytes(),
+        };
+        assert_eq!(packet.end(), 1100u32.to_be_bytes());
+        packet.seq = (u32::MAX - 9).to_be_bytes();
+        assert_eq!(packet.end(), 90u32.to_be_bytes());
+        assert!(is_later(packet.end(), packet.seq));
+        assert!(!is_later(packet.seq, packet.seq));
+    }
+
+    #[test]
+    fn what_is_sent_again_goes_no_further() {
+        for (known, told, reached) in [
+            (0, 4_000_000_000, 4_000_000_000),
+            (500, 600, 600),
+            (500, 499, 500),
+            (u32::MAX, 10, 10),
+        ] {
+            let reached: u32 = reached;
+            assert_eq!(
+                furthest(u32::to_be_bytes(known), u32::to_be_bytes(told)),
+                reached.to_be_bytes()
+            );
         }
     }
 }

@@ -68,12 +68,17 @@ fn check(reference: &Left, found: &Left) -> Result<()> {
             reference.refusals[index],
             found.refusals[index]
         );
-        check_alike(
-            &of("entries"),
-            &only_tcp(&reference.entries[index]),
-            &only_tcp(&found.entries[index]),
-            2,
-        )?;
+        let mut tcp = [reference, found].map(|left| only_tcp(&left.entries[index]));
+        let doubted = tcp.each_mut().map(forget_doubts);
+        let resets = tcp[0].get("tcp CLOSE").copied().unwrap_or(0);
+        // Here nearly one flow in ten finds its place among the candidates taken.
+        ensure!(
+            doubted[1] <= doubted[0] + resets / 8,
+            "{}: {} of {resets} resets are doubted: {found:?}",
+            of("entries"),
+            doubted[1]
+        );
+        check_alike(&of("entries"), &tcp[0], &tcp[1], 2)?;
         let (one, other) = (
             reference.refusals[index].invalid,
             found.refusals[index].invalid,
@@ -91,6 +96,15 @@ fn check(reference: &Left, found: &Left) -> Result<()> {
 fn only_tcp(census: &Census) -> Census {
     let rows = census.iter().filter(|(kind, _)| kind.starts_with("tcp"));
     rows.map(|(kind, count)| (kind.clone(), *count)).collect()
+}
+
+/// Takes connections that were reset and that conntrack forgets as soon as others, but under their last
+/// state, for what they are; says how many there were. One direction may be learned long before the
+/// other, and of a RST of that other one the programs cannot always tell whether it is genuine.
+fn forget_doubts(census: &mut Census) -> u64 {
+    let doubted = census.remove("tcp ESTABLISHED").unwrap_or(0);
+    *census.entry("tcp CLOSE".to_owned()).or_default() += doubted;
+    doubted
 }
 
 fn closed_through(via: Via) {

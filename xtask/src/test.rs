@@ -39,7 +39,7 @@ enum Which {
 
 /// All of them select the whole workspace: another selection means other features of the
 /// dependencies, and everything would be built once more.
-const SUITES: [Suite; 5] = [
+const SUITES: [Suite; 6] = [
     Suite {
         name: "examples in the documentation",
         targets: &["--doc"],
@@ -68,6 +68,20 @@ const SUITES: [Suite; 5] = [
             "learned_closing::",
             "learned_conntrack_restore::",
             "own_handover::",
+        ]),
+        at_once: Some("3"),
+    },
+    // These keep the machine busy for 5 to 20 % of their time: they wait for timeouts and for rules.
+    Suite {
+        name: "scenarios that let the machine rest",
+        targets: &["--test", "scenarios"],
+        which: Which::Named(&[
+            "bad_input::",
+            "classes_handshakes::",
+            "classes_rules::",
+            "direct::",
+            "forged::",
+            "learned_attack::",
         ]),
         at_once: Some("3"),
     },

@@ -17,16 +17,21 @@ use aya_ebpf::{
 use flannel_ebpf::{
     decap::Delivery,
     encap::Encapsulation,
+    frame::Frame as _,
     hash,
     header::{self, Ethernet, IPV4},
     layout::{FlowKey, InFlow, LocalPod, OutFlow, TEMPLATE_LEN, Verdict},
     learned,
-    outer::{OVERHEAD, Outer, next_hop_ttl},
-    packet::Packet,
+    outer::{INNER_IP, OVERHEAD, Outer, next_hop_ttl},
+    packet::{Packet, furthest},
     reason::Reason,
 };
+use network_types::tcp::TcpHdr;
 
-use super::{DROP, NEXT, maps, wire};
+use super::{
+    DROP, NEXT, maps,
+    wire::{self, Wire},
+};
 
 /// Length of the inner Ethernet header alone: with the VXLAN header counted in,
 /// segmentation of large TCP packets fails (the kernel wants 16 bytes between
@@ -209,18 +214,33 @@ fn translate(
     if failed { Err(()) } else { Ok(()) }
 }
 
-/// One more packet that bypassed the stack.
+/// One more packet that bypassed the stack; `ip` is the offset of its IP header, `ack` where the
+/// entry holds how far the direction has acknowledged.
 #[inline(always)]
-fn tally(verdict: &Verdict, packet: &Packet) {
+fn tally(context: &TcContext, ip: usize, verdict: &Verdict, ack: &[u8; 4], packet: &Packet) {
     // SAFETY: a map's value. Two CPUs at once may lose a count, which nothing depends on. Volatile,
     // because others change the value as well: the reference alone would say nobody does.
     unsafe {
         let packets = (&raw const verdict.packets).cast_mut();
         packets.write_volatile(packets.read_volatile().wrapping_add(1));
-        (&raw const verdict.end)
-            .cast_mut()
-            .cast::<u32>()
-            .write_volatile(u32::from_ne_bytes(packet.end()));
+    }
+    if packet.key.protocol == header::TCP {
+        reach(&verdict.end, packet.end());
+        if let Some(tcp) = Wire::new(context).at::<TcpHdr>(ip + 20) {
+            reach(ack, tcp.ack_seq);
+        }
+    }
+}
+
+/// Notes in an entry how far data, or its acknowledgement, has come.
+#[inline(always)]
+fn reach(place: &[u8; 4], told: [u8; 4]) {
+    let place = (&raw const *place).cast_mut().cast::<u32>();
+    // SAFETY: four aligned bytes of a map's value. Of two CPUs at once one may be lost: the next
+    // packet says it again. Volatile as in `tally`.
+    unsafe {
+        let known = place.read_volatile().to_ne_bytes();
+        place.write_volatile(u32::from_ne_bytes(furthest(known, told)));
     }
 }
 
@@ -235,7 +255,7 @@ pub(super) fn send_learned(context: &TcContext, entry: &OutFlow, packet: &Packet
     if verdict.tag != hash::tag(&packet.key) || entry.tag != verdict.tag {
         return (Reason::OutUnlearned, NEXT);
     }
-    tally(&entry.verdict, packet);
+    tally(context, IP, &entry.verdict, &entry.ack, packet);
 
     if context
         .adjust_room(OVERHEAD as i32, BPF_ADJ_ROOM_MAC, GROW)
@@ -310,7 +330,7 @@ pub(super) fn deliver_learned(
         return (Reason::InUnlearned, NEXT);
     }
     let (ttl, check) = learned::next_hop(&verdict, packet, tos);
-    tally(&entry.verdict, packet);
+    tally(context, INNER_IP, &entry.verdict, &entry.ack, packet);
 
     if context
         .adjust_room(-(OVERHEAD as i32), BPF_ADJ_ROOM_MAC, SHRINK)

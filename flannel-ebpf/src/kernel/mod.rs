@@ -28,6 +28,7 @@ use flannel_ebpf::{
     packet::{Packet, RST},
     reason::{Action, Reason},
     sighting::Way,
+    tables::Tables as _,
 };
 
 use self::{
@@ -131,6 +132,9 @@ fn unknown_out(
             Own::Kernel(reason) => return left(reason, false),
             Own::Stranger | Own::Opening => {}
         }
+        if packet.tcp_flags & RST != 0 {
+            end_opposite(Way::Out, packet);
+        }
         // What the stack makes of it tells whether the next may pass without asking, and whether
         // the kernel chooses its port.
         if packet.is_handshake() && opening::is_wanted(node) {
@@ -165,6 +169,28 @@ fn end(way: Way, packet: &Packet, verdict: &Verdict) {
             maps::forget_in(key);
             maps::forget_out(&opposite);
         }
+    }
+}
+
+/// A RST whose own direction has not been learned: the other one goes back to the stack, unless its
+/// far end is translated, which nothing here tells.
+#[inline(always)]
+fn end_opposite(way: Way, packet: &Packet) {
+    let opposite = packet.key.reversed();
+    let acknowledged = match way {
+        Way::Out => KernelTables.flow_in(&opposite).map(|flow| flow.ack),
+        Way::In => KernelTables.flow_out(&opposite).map(|flow| flow.ack),
+    };
+    let Some(acknowledged) = acknowledged else {
+        return;
+    };
+    // What has bypassed conntrack is just what it would compare the RST with.
+    if acknowledged == packet.seq {
+        maps::tell_reset(&packet.key);
+    }
+    match way {
+        Way::Out => maps::forget_in(&opposite),
+        Way::In => maps::forget_out(&opposite),
     }
 }
 
@@ -234,6 +260,9 @@ fn unknown_in(
             Own::Carried(outcome) => return Ok(outcome),
             Own::Kernel(reason) => return Err(reason),
             Own::Stranger | Own::Opening => {}
+        }
+        if packet.tcp_flags & RST != 0 {
+            end_opposite(Way::In, packet);
         }
     }
     if packet.is_handshake() && opening::is_wanted(node) {

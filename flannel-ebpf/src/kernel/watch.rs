@@ -11,7 +11,7 @@ use flannel_ebpf::{
     learn::{self, Arrived, Left, Shown},
     outer::INNER_IP,
     own::opening,
-    packet::Packet,
+    packet::{Packet, furthest},
     reason::Reason,
     sighting::{self, Match, Way},
     tables::Tables as _,
@@ -202,15 +202,23 @@ fn is_current(verdict: &Verdict, tail: u32, key: &FlowKey) -> bool {
         && verdict.peer_generation == KernelTables.generation(u32::from(verdict.peer_slot))
 }
 
-/// The verdict holds on from now, when this packet has come out of the stack.
+/// The verdict holds on from now, when this packet has come out of the stack as `leaving`; `ack` is
+/// how far the direction has acknowledged.
 #[inline(always)]
-fn refresh(verdict: *mut Verdict, packet: &Packet, now: u32, generation: u32) {
+fn refresh(
+    verdict: *mut Verdict,
+    ack: *mut [u8; 4],
+    packet: &Packet,
+    leaving: &Note,
+    generation: u32,
+) {
     // SAFETY: a map's value that the caller has just compared; single words.
     unsafe {
-        (*verdict).seen = now;
-        (*verdict).probed = now;
+        (*verdict).seen = leaving.at;
+        (*verdict).probed = leaving.at;
         (*verdict).generation = generation;
-        (*verdict).end = packet.end();
+        (*verdict).end = furthest((*verdict).end, packet.end());
+        *ack = furthest(*ack, leaving.ack);
     }
 }
 
@@ -271,8 +279,9 @@ pub(super) fn left(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Optio
                     (*entry).template[35] = left.template[35];
                     refresh(
                         &raw mut (*entry).verdict,
+                        &raw mut (*entry).ack,
                         &packet,
-                        leaving.at,
+                        &leaving,
                         note.generation,
                     );
                 }
@@ -301,6 +310,7 @@ pub(super) fn left(context: &TcContext, wire: &Wire, node: &NodeConfig) -> Optio
     let entry = unsafe { &mut *maps::scratch_out()? };
     let made = left.entry(note, &KernelTables, leaving.at, entry);
     entry.verdict.end = packet.end();
+    entry.ack = leaving.ack;
     Some(match made {
         Ok(()) if maps::keep_out(&note.key, entry) => Reason::LearnOutLearned,
         Ok(()) => Reason::LearnOutNoRoom,
@@ -354,8 +364,9 @@ pub(super) fn arrived(wire: &Wire, node: &NodeConfig) -> Option<Reason> {
                 unsafe {
                     refresh(
                         &raw mut (*entry).verdict,
+                        &raw mut (*entry).ack,
                         &packet,
-                        leaving.at,
+                        &leaving,
                         note.generation,
                     );
                 };
@@ -374,6 +385,7 @@ pub(super) fn arrived(wire: &Wire, node: &NodeConfig) -> Option<Reason> {
     let entry = unsafe { &mut *maps::scratch_in()? };
     let made = arrived.entry(&Shown::by(note), &KernelTables, leaving.at, entry);
     entry.verdict.end = packet.end();
+    entry.ack = leaving.ack;
     Some(match made {
         Ok(()) if maps::keep_in(&note.key, entry) => Reason::LearnInLearned,
         Ok(()) => Reason::LearnInNoRoom,

@@ -18,7 +18,7 @@ pub mod quoted;
 
 use self::entry::{OwnEnd, OwnFlow};
 use crate::{
-    packet::{ACK, BOUNDARY, FIN, RST, SYN},
+    packet::{ACK, BOUNDARY, FIN, RST, SYN, is_later},
     sighting::Way,
 };
 
@@ -241,15 +241,6 @@ pub const fn advance(flow: &mut OwnFlow, way: Way, segment: Segment, now: u32) -
         flow.closed = now;
     }
     true
-}
-
-/// In sequence space, RFC 9293 section 3.4.
-#[inline(always)]
-const fn is_later(one: [u8; 4], other: [u8; 4]) -> bool {
-    u32::from_be_bytes(one)
-        .wrapping_sub(u32::from_be_bytes(other))
-        .cast_signed()
-        > 0
 }
 
 /// Does it begin where data ended?
