@@ -44,7 +44,6 @@ fn segment(wire: &Wire, ip: usize, packet: &Packet) -> Option<Segment> {
         flags: packet.tcp_flags,
         seq: packet.seq,
         ack: tcp.ack_seq,
-        end: packet.end(),
     })
 }
 

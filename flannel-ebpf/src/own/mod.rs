@@ -18,7 +18,7 @@ pub mod quoted;
 
 use self::entry::{OwnEnd, OwnFlow};
 use crate::{
-    packet::{ACK, BOUNDARY, FIN, RST, SYN, is_later},
+    packet::{ACK, FIN, RST, SYN, is_later},
     sighting::Way,
 };
 
@@ -31,8 +31,6 @@ pub struct Segment {
     pub seq: [u8; 4],
     /// Acknowledgement number, as on the wire.
     pub ack: [u8; 4],
-    /// Where its data ends in sequence space, network order.
-    pub end: [u8; 4],
 }
 
 /// How far a connection is.
@@ -203,13 +201,9 @@ pub const fn advance(flow: &mut OwnFlow, way: Way, segment: Segment, now: u32) -
         Way::In => (&mut flow.peer, &flow.pod),
     };
     if segment.flags & RST != 0 {
-        // It counts where it meets the other end's last ACK, or follows its own end's data that
-        // nobody has acknowledged yet; so does one to an end that has acknowledged nothing: the
-        // answer to a SYN.
-        if !other.has_acknowledged()
-            || equal(segment.seq, other.ack)
-            || follows(segment.seq, flow.last_end)
-        {
+        // It counts where it meets the other end's last ACK; so does one to an end that has
+        // acknowledged nothing: the answer to a SYN.
+        if !other.has_acknowledged() || equal(segment.seq, other.ack) {
             own.rst = 1;
         } else {
             own.doubtful_rst = 1;
@@ -231,22 +225,11 @@ pub const fn advance(flow: &mut OwnFlow, way: Way, segment: Segment, now: u32) -
             own.fin = 1;
         }
     }
-    flow.last_end = if segment.flags & BOUNDARY == 0 {
-        segment.end
-    } else {
-        [0; 4]
-    };
     // Two CPUs that close it at once may each miss what the other writes; the next packet does not.
     if is_over(flow) && (!was_over || flow.closed == 0) {
         flow.closed = now;
     }
     true
-}
-
-/// Does it begin where data ended?
-#[inline(always)]
-const fn follows(seq: [u8; 4], end: [u8; 4]) -> bool {
-    equal(seq, end) && !equal(end, [0; 4])
 }
 
 #[inline(always)]

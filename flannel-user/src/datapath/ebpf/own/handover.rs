@@ -212,7 +212,6 @@ mod tests {
                 flags: *flags,
                 seq: [0, 0, 0, 1],
                 ack: [0, 0, 0, 9],
-                end: [0, 0, 0, 3],
             };
             assert!(advance(&mut flow, *way, segment, born));
         }

@@ -23,8 +23,8 @@ const ACK: u8 = 16;
 enum Step {
     /// A SYN; whether its connection may open.
     Syn(Way, bool),
-    /// Any other packet: flags, small sequence and acknowledgement numbers, bytes of data.
-    Packet(Way, u8, u8, u8, u8),
+    /// Any other packet: flags, small sequence and acknowledgement numbers.
+    Packet(Way, u8, u8, u8),
     /// So many milliseconds pass.
     Wait(u16),
     /// The agent reads the table: what it decides it does later.
@@ -48,7 +48,7 @@ fn step() -> impl Strategy<Value = Step> {
     ];
     prop_oneof![
         2 => (way(), any::<bool>()).prop_map(|(way, may)| Step::Syn(way, may)),
-        8 => (way(), flags, 0u8..4, 0u8..4, 0u8..3).prop_map(|(way, flags, seq, ack, data)| Step::Packet(way, flags, seq, ack, data)),
+        8 => (way(), flags, 0u8..4, 0u8..4).prop_map(|(way, flags, seq, ack)| Step::Packet(way, flags, seq, ack)),
         3 => (0u16..1200).prop_map(Step::Wait),
         2 => any::<bool>().prop_map(Step::Look),
         2 => Just(Step::Act),
@@ -68,20 +68,14 @@ impl History {
         let client = self.client.expect("a connection has a client");
         let mut stage = Stage::Opening;
         let (mut fins, mut acked) = ([false; 2], [None::<[u8; 4]>; 2]);
-        let mut last: Option<&(Way, Segment)> = None;
-        for packet @ (way, segment) in &self.packets {
+        for (way, segment) in &self.packets {
             let (this, other) = (*way as usize, 1 - *way as usize);
             let has = |flag| segment.flags & flag != 0;
             if has(RST) {
-                // Within the window: at what the other end has acknowledged, if anything; or right
-                // behind data of the same end (conntrack: a RST that is part of a train).
-                let follows = last.is_some_and(|(before, data)| {
-                    before == way && data.flags & (SYN | FIN | RST) == 0 && data.end == segment.seq
-                });
-                if follows || acked[other].is_none_or(|acked| acked == segment.seq) {
+                // Within the window: at what the other end has acknowledged, if anything.
+                if acked[other].is_none_or(|acked| acked == segment.seq) {
                     return Stage::Reset;
                 }
-                last = Some(packet);
                 continue;
             }
             if has(ACK) {
@@ -94,7 +88,6 @@ impl History {
                 stage => stage,
             };
             fins[this] |= has(FIN);
-            last = Some(packet);
             if fins == [true; 2] {
                 // A reset after both FINs is one all the same.
                 stage = Stage::Closed;
@@ -199,20 +192,15 @@ fn explore(steps: &[Step]) -> Result<(), TestCaseError> {
     for step in steps {
         match *step {
             Step::Syn(way, may) => world.syn(way, may),
-            Step::Packet(way, flags, seq, ack, data) => {
-                // Zero is none; each end has numbers of its own.
-                let number = |way: Way, low| [0, way as u8, 0, low + 1];
-                let opposite = match way {
-                    Way::Out => Way::In,
-                    Way::In => Way::Out,
-                };
+            Step::Packet(way, flags, seq, ack) => {
+                // Zero is none.
+                let number = |low| [0, 0, 0, low + 1];
                 world.packet(
                     way,
                     Segment {
                         flags,
-                        seq: number(way, seq),
-                        ack: number(opposite, ack),
-                        end: number(way, seq + data),
+                        seq: number(seq),
+                        ack: number(ack),
                     },
                 );
             }
