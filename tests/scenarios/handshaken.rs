@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use lab::{
     classes::{established, own, poll_status, serve, until_own_tables_are_empty},
-    closing::{Left, SETTLED, in_every_orderly_way, remember_resets},
+    closing::{Left, REMEMBERED, SETTLED, in_every_orderly_way, keep_resets},
     conntrack::{self, Census, check_alike},
     kube::{CONNECTIONS_PORT, Kube, Side, Via, on, pause},
     paths::{self, Way},
@@ -71,7 +71,7 @@ fn so_it_does_where_all_else_bypasses_from_the_syn_on() {
 
 /// What connections that end in every way leave on the client's node.
 fn closed(kube: &Kube) -> Result<Left> {
-    remember_resets(kube)?;
+    keep_resets(kube, REMEMBERED)?;
     let count = u64::from(repetitions(150, 3_000));
     let what = format!("{:?}", kube.side());
     let troubles = in_every_orderly_way(&what, |ending| {

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use lab::{
-    closing::{Left, SETTLED, in_every_orderly_way, remember_resets},
+    closing::{Left, REMEMBERED, SETTLED, check_doubts, in_every_orderly_way, keep_resets},
     conntrack::{self, Census, check_alike},
     kube::{CONNECTIONS_PORT, Kube, Via, compare, learned, pause},
     scenario::repetitions,
@@ -15,7 +15,7 @@ const FIRST_PORT: u64 = 20_000;
 
 /// Every ending that the client brings about, then clients that vanish.
 fn close_in_every_way(kube: &Kube, via: Via) -> Result<Left> {
-    remember_resets(kube)?;
+    keep_resets(kube, REMEMBERED)?;
     let count = u64::from(repetitions(1050, 10_000)) / 7;
     let ports = |ending| format!("--first-port {}", FIRST_PORT + ending as u64 * count);
     let before = kube.taken()?;
@@ -30,7 +30,8 @@ fn close_in_every_way(kube: &Kube, via: Via) -> Result<Left> {
     // Short as they are, each is bypassed for a while: else nothing is tested.
     kube.expect_bypassed(&before, 0.2)?;
     vanish(kube, via, count, &ports(Ending::Silent))?;
-    pause(SETTLED);
+    pause(f64::from(repetitions(0, 10)) + SETTLED);
+    check_doubts(kube)?;
     Left::now(kube, troubles)
 }
 
@@ -126,7 +127,7 @@ fn every_ending_through_a_service_leaves_what_the_kernel_path_leaves() {
 fn a_reset_after_three_gigabytes_ends_the_entry() {
     // More than half of the sequence space: only with tcp_ignore_invalid_rst is it believed.
     let left = |kube: &Kube| {
-        remember_resets(kube)?;
+        keep_resets(kube, REMEMBERED)?;
         let before = kube.taken()?;
         let (client, server) = kube.connections(
             Via::Service,

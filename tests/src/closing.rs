@@ -40,16 +40,41 @@ pub fn in_every_orderly_way(
 /// Seconds until agents have told connection tracking how the last connection ended.
 pub const SETTLED: f64 = 3.0;
 
-/// Has both nodes remember a reset for as long as an orderly end: so it is seen which state the entry
-/// of a connection ends in.
+/// Seconds that an orderly end is remembered. A reset that is kept as long shows which state the entry of
+/// its connection ends in.
+pub const REMEMBERED: u32 = 120;
+
+/// Has both nodes keep an entry for so many seconds after a reset.
 ///
 /// # Errors
 /// When a node's kernel does not take it.
-pub fn remember_resets(kube: &Kube) -> Result<()> {
+pub fn keep_resets(kube: &Kube, seconds: u32) -> Result<()> {
     let (a, b) = kube.cluster.nodes();
     for node in [a, b] {
         let key = "net.netfilter.nf_conntrack_tcp_timeout_close";
-        node.namespace().sysctl(key, "120")?;
+        node.namespace().sysctl(key, &seconds.to_string())?;
+    }
+    Ok(())
+}
+
+/// Demands that every entry which conntrack calls established after all has ended goes as soon as one
+/// that was reset, within [`REMEMBERED`].
+///
+/// # Errors
+/// Names one that lives on.
+pub fn check_doubts(kube: &Kube) -> Result<()> {
+    let (a, b) = kube.cluster.nodes();
+    for node in [a, b] {
+        for line in conntrack::open(node.namespace())? {
+            let mut words = line.split_whitespace().skip(4);
+            let (left, state) = (words.next().unwrap_or("?"), words.next());
+            ensure!(
+                state != Some("ESTABLISHED")
+                    || left.parse().is_ok_and(|left: u32| left <= REMEMBERED),
+                "{} keeps a connection that was reset: {line}",
+                node.name()
+            );
+        }
     }
     Ok(())
 }

@@ -300,6 +300,7 @@ mod tests {
     #[test]
     fn numbers_keep_what_means_something() {
         for (value, text) in [
+            (1_000_000.0, "1.00 M"),
             (145_678.0, "145.7 k"),
             (1234.0, "1.23 k"),
             (123.4, "123"),
