@@ -4,7 +4,7 @@
 use anyhow::{Result, ensure};
 use lab::{
     classes::{own, until_own_tables_are_empty},
-    closing::{Left, in_every_orderly_way, keep_resets},
+    closing::{Left, REMEMBERED, SETTLED, in_every_orderly_way, keep_resets},
     conntrack::Census,
     kube::{CONNECTIONS_PORT, Kube, SERVICE, Side, Via, on, pause},
     pod::Pod,
@@ -13,14 +13,11 @@ use lab::{
     traffic::connections::{ConnectionsReport, Ending},
 };
 
-/// How long an entry stays after a reset, in seconds. It goes by that even where its state is not called
-/// CLOSE: a RST behind data that nobody has acknowledged is doubted.
-const AFTER_RESET: u32 = 3;
-
 /// Connections that end in every way.
 fn close_in_every_way(kube: &Kube, via: Via) -> Result<Left> {
     let (a, b) = kube.cluster.nodes();
-    keep_resets(kube, AFTER_RESET)?;
+    // An entry that is not called CLOSE after a reset has to be there to be seen.
+    keep_resets(kube, REMEMBERED)?;
     let count = u64::from(repetitions(600, 10_000));
     let arguments = format!("--count {count} --at-once 16 --exchanges 4 --size 512");
     let what = format!("{:?} {via:?}", kube.side());
@@ -35,7 +32,7 @@ fn close_in_every_way(kube: &Kube, via: Via) -> Result<Left> {
         until_own_tables_are_empty([a, b])?;
         println!("{:?}\n{:?}", own(a)?, own(b)?);
     }
-    pause(f64::from(AFTER_RESET) + 1.0);
+    pause(SETTLED);
     Left::now(kube, troubles)
 }
 

@@ -17,7 +17,7 @@ pub struct OwnEnd {
     pub fin: u8,
     /// 1: a RST that ended the connection.
     pub rst: u8,
-    /// 1: a RST of which it is not known whether the other end took it.
+    /// 1: a RST of which it is not known whether the other end took it; 2: packets have come since.
     pub doubtful_rst: u8,
 }
 const _: () = assert!(size_of::<OwnEnd>() == 8);

@@ -196,20 +196,31 @@ pub const fn advance(flow: &mut OwnFlow, way: Way, segment: Segment, now: u32) -
     }
     let was_over = is_over(flow);
     let is_client = flow.opener == way as u8;
-    let (own, other): (&mut OwnEnd, &OwnEnd) = match way {
-        Way::Out => (&mut flow.pod, &flow.peer),
-        Way::In => (&mut flow.peer, &flow.pod),
+    let (own, other): (&mut OwnEnd, &mut OwnEnd) = match way {
+        Way::Out => (&mut flow.pod, &mut flow.peer),
+        Way::In => (&mut flow.peer, &mut flow.pod),
     };
     if segment.flags & RST != 0 {
-        // It counts where it meets the other end's last ACK; so does one to an end that has
-        // acknowledged nothing: the answer to a SYN.
-        if !other.has_acknowledged() || equal(segment.seq, other.ack) {
-            own.rst = 1;
-        } else {
-            own.doubtful_rst = 1;
-            flow.recalled = 1;
+        match judged(own, other, segment) {
+            Judged::Ends => own.rst = 1,
+            Judged::Doubtful => {
+                if own.doubtful_rst == 0 {
+                    own.doubtful_rst = 1;
+                }
+                flow.recalled = 1;
+            }
+            Judged::Old => {}
         }
     } else {
+        // Whoever was meant by a doubtful one lives.
+        if flow.recalled != 0 {
+            if own.doubtful_rst == 1 {
+                own.doubtful_rst = 2;
+            }
+            if other.doubtful_rst == 1 {
+                other.doubtful_rst = 2;
+            }
+        }
         if segment.flags & ACK != 0 {
             // On two CPUs an older one may come last.
             if !own.has_acknowledged() || is_later(segment.ack, own.ack) {
@@ -230,6 +241,37 @@ pub const fn advance(flow: &mut OwnFlow, way: Way, segment: Segment, now: u32) -
         flow.closed = now;
     }
     true
+}
+
+/// What a RST means to a connection.
+#[derive(Clone, Copy)]
+enum Judged {
+    /// Its end.
+    Ends,
+    /// Perhaps that: the other end knows.
+    Doubtful,
+    /// Nothing: the other end has had its place.
+    Old,
+}
+
+/// Judges a RST of one end.
+#[inline(always)]
+const fn judged(own: &OwnEnd, other: &OwnEnd, segment: Segment) -> Judged {
+    // It counts where it meets the other end's last ACK (RFC 5961 section 3.2); so does one to an
+    // end that has acknowledged nothing: the answer to a SYN.
+    if !other.has_acknowledged() || equal(segment.seq, other.ack) {
+        return Judged::Ends;
+    }
+    if is_later(other.ack, segment.seq) {
+        return Judged::Old;
+    }
+    // Behind data that is not acknowledged yet its place cannot be known without noting where each
+    // packet ends. But the socket that gives up says once more how far it has read, which nobody
+    // can guess either, and is gone whatever the other end makes of it.
+    if segment.flags & ACK != 0 && own.has_acknowledged() && equal(segment.ack, own.ack) {
+        return Judged::Ends;
+    }
+    Judged::Doubtful
 }
 
 #[inline(always)]

@@ -128,6 +128,13 @@ fn transitions() {
         (&open, (Out, RST, 12, 0), Stage::Established),
         (&open, (In, RST, 21, 0), Stage::Reset),
         (&open, (In, RST, 99, 0), Stage::Established),
+        // Behind data that nobody has acknowledged yet, its own socket says how far it has read.
+        (&open, (In, RST | ACK, 29, 11), Stage::Reset),
+        (&open, (Out, RST | ACK, 19, 21), Stage::Reset),
+        (&open, (Out, RST | ACK, 19, 20), Stage::Established),
+        (&open, (Out, RST | ACK, 19, 22), Stage::Established),
+        (&open, (Out, RST, 19, 21), Stage::Established),
+        (&open, (Out, RST | ACK, 10, 21), Stage::Established),
     ];
     for (before, packet, expected) in rows {
         let mut flow = after(Out, before);
@@ -159,6 +166,21 @@ fn a_doubtful_reset_calls_the_agent() {
     step(&mut flow, (In, RST, 99, 0), 2000);
     assert_eq!(flow.recalled, 1);
     assert_eq!(flow.peer.doubtful_rst, 1);
+
+    // Both ends' packets show that it lives.
+    for packet in [(Out, ACK, 11, 21), (In, ACK, 21, 11)] {
+        let mut lives = flow;
+        step(&mut lives, packet, 2001);
+        assert_eq!(lives.peer.doubtful_rst, 2, "{packet:?}");
+    }
+}
+
+#[test]
+fn a_reset_of_the_past_changes_nothing() {
+    let mut flow = after(Out, &[ANSWER, ACKNOWLEDGED]);
+    let before = flow;
+    step(&mut flow, (In, RST, 20, 0), 2000);
+    assert_eq!(flow, before);
 }
 
 #[test]

@@ -158,7 +158,7 @@ pub(super) fn entry(key: &FlowKey, flow: &OwnFlow, timeouts: &Timeouts) -> Entry
         Stage::Closed => over(TcpState::TimeWait, timeouts.time_wait),
         Stage::Reset => over(TcpState::Close, timeouts.close),
     };
-    if flow.pod.doubtful_rst | flow.peer.doubtful_rst != 0 {
+    if flow.pod.doubtful_rst == 1 || flow.peer.doubtful_rst == 1 {
         // If it lives, its next packet gives it its time back.
         entry.timeout = entry.timeout.min(timeouts.close);
     }
@@ -210,7 +210,7 @@ mod tests {
         for (way, flags) in packets {
             let segment = Segment {
                 flags: *flags,
-                seq: [0, 0, 0, 1],
+                seq: [0, 0, 0, 10],
                 ack: [0, 0, 0, 9],
             };
             assert!(advance(&mut flow, *way, segment, born));
@@ -234,8 +234,14 @@ mod tests {
                 TcpState::TimeWait,
                 120,
             ),
-            // Its sequence number is not the other end's last ACK.
+            // Its sequence number is not the other end's last ACK, and it says nothing else.
             (with(&[(Way::Out, RST)]), TcpState::Established, 10),
+            // It lives.
+            (
+                with(&[(Way::Out, RST), (Way::In, ACK)]),
+                TcpState::Established,
+                432_000,
+            ),
         ];
         for (flow, state, timeout) in cases {
             let entry = entry(&key(), &flow, &timeouts);

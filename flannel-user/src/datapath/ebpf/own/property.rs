@@ -1,7 +1,7 @@
 //! Random packets and looks of the agent, against a second opinion of what the connection is:
 //! programs and agent agree in the end, whatever the order.
 
-use std::time::Duration;
+use std::{cmp::Ordering, time::Duration};
 
 use flannel_ebpf::{
     layout::OwnFlow,
@@ -72,8 +72,14 @@ impl History {
             let (this, other) = (*way as usize, 1 - *way as usize);
             let has = |flag| segment.flags & flag != 0;
             if has(RST) {
-                // Within the window: at what the other end has acknowledged, if anything.
-                if acked[other].is_none_or(|acked| acked == segment.seq) {
+                // At what the other end has acknowledged, if anything; or ahead of that, with what
+                // its own end acknowledged last.
+                let is_own = has(ACK) && acked[this] == Some(segment.ack);
+                if acked[other].is_none_or(|acked| match segment.seq.cmp(&acked) {
+                    Ordering::Less => false,
+                    Ordering::Equal => true,
+                    Ordering::Greater => is_own,
+                }) {
                     return Stage::Reset;
                 }
                 continue;
