@@ -10,7 +10,7 @@ pub use crate::own::entry::*;
 
 /// Version of everything in this file. Maps of another version are never
 /// reused: the agent fills new ones and moves the attached programs over.
-pub const LAYOUT_VERSION: u32 = 4;
+pub const LAYOUT_VERSION: u32 = 5;
 
 /// Name of the program at the ingress of a pod's host-side veth.
 pub const FROM_POD: &str = "from_pod";
@@ -452,9 +452,9 @@ pub struct Epoch {
     pub recheck_gap: u32,
     /// Until then, in jiffies, connections may bypass from their SYN on: the agent's heartbeat.
     pub own_until: u32,
-    /// How long a closed own connection's entry may be taken for the next one, in jiffies. The
-    /// agent deletes it a little later.
-    pub own_linger: u32,
+    /// Entries of own connections that closed before then, in jiffies, are being deleted: the next
+    /// connections of their tuples must not have them.
+    pub own_expired: u32,
     /// Generation of classes: raised with the change itself, not after a pause.
     pub class_generation: u32,
     /// How long a class holds until one of its SYNs has to ask the stack again, in jiffies.

@@ -200,7 +200,7 @@ fn admit(
         return Err(Own::Opening);
     };
     // SAFETY: as above.
-    match unsafe { own::meets(&*entry, now, epoch.own_linger) } {
+    match unsafe { own::meets(&*entry, epoch.own_expired) } {
         Meeting::Reopens => {
             // SAFETY: as above.
             unsafe { *entry = flow };

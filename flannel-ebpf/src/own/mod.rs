@@ -155,25 +155,36 @@ pub enum Meeting {
     /// Sent again, by both ends at once, or a SYN on a live connection: carried, and nothing else
     /// changes. The other end knows what to say to it.
     Passes,
-    /// The kernel has the tuple, or the agent may be deleting the entry: the stack.
+    /// The kernel has the tuple, or the agent is deleting the entry: the stack.
     Refused,
 }
 
-/// Judges a SYN by the entry of its tuple. `linger` is how long a closed entry may be taken over.
+/// Judges a SYN by the entry of its tuple; see [`is_expired`] for `expired`.
 #[inline(always)]
 #[must_use]
-pub const fn meets(flow: &OwnFlow, now: u32, linger: u32) -> Meeting {
+pub const fn meets(flow: &OwnFlow, expired: u32) -> Meeting {
     if flow.taken != 0 {
         return Meeting::Refused;
     }
     if !is_over(flow) {
         return Meeting::Passes;
     }
-    if now.wrapping_sub(flow.closed) < linger {
-        Meeting::Reopens
-    } else {
+    if is_expired(flow, expired) {
         Meeting::Refused
+    } else {
+        Meeting::Reopens
     }
+}
+
+/// Did this connection close before `expired`, a moment in jiffies?
+///
+/// The agent tells the moment to all programs before it looks for entries to delete. So neither do
+/// they give an entry to a new connection that is about to be deleted, nor are there more of those
+/// than it takes milliseconds to delete what has expired.
+#[inline(always)]
+#[must_use]
+pub const fn is_expired(flow: &OwnFlow, expired: u32) -> bool {
+    is_over(flow) && flow.closed.wrapping_sub(expired).cast_signed() < 0
 }
 
 /// A SYN of this tuple takes the stack: what becomes of the entry.

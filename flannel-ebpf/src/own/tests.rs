@@ -6,7 +6,6 @@ use crate::sighting::Way::{In, Out};
 
 const SYN_ACK: u8 = SYN | ACK;
 const FIN_ACK: u8 = FIN | ACK;
-const LINGER: u32 = 100;
 
 /// A packet: way, flags, sequence and acknowledgement number.
 type Sent = (Way, u8, u8, u8);
@@ -194,23 +193,24 @@ fn a_syn_meets_an_entry() {
     let open = [ANSWER, ACKNOWLEDGED];
     let closed = [&open[..], &[(Out, FIN_ACK, 11, 21), (In, FIN_ACK, 21, 12)]].concat();
     let reset = [&open[..], &[(Out, RST, 11, 0)]].concat();
-    let rows: &[(&[Sent], u32, Meeting)] = &[
-        (&[], 0, Meeting::Passes),
+    // What has expired, by when the connection closed.
+    let rows: &[(&[Sent], i32, Meeting)] = &[
+        (&[], -100, Meeting::Passes),
         (&[], 100_000, Meeting::Passes),
-        (&open, 0, Meeting::Passes),
+        (&open, 100_000, Meeting::Passes),
+        (&closed, -100_000, Meeting::Reopens),
         (&closed, 0, Meeting::Reopens),
-        (&closed, LINGER - 1, Meeting::Reopens),
-        (&closed, LINGER, Meeting::Refused),
-        (&closed, LINGER * 1000, Meeting::Refused),
+        (&closed, 1, Meeting::Refused),
+        (&closed, 100_000, Meeting::Refused),
         (&reset, 0, Meeting::Reopens),
-        (&reset, LINGER, Meeting::Refused),
+        (&reset, 1, Meeting::Refused),
     ];
     for (packets, later, expected) in rows {
         let flow = after(Out, packets);
-        let now = flow.closed.max(flow.born) + later;
-        assert_eq!(meets(&flow, now, LINGER), *expected, "{packets:?} {later}");
+        let expired = flow.closed.wrapping_add_signed(*later);
+        assert_eq!(meets(&flow, expired), *expected, "{packets:?} {later}");
         let taken = OwnFlow { taken: 1, ..flow };
-        assert_eq!(meets(&taken, now, LINGER), Meeting::Refused);
+        assert_eq!(meets(&taken, expired), Meeting::Refused);
     }
 }
 

@@ -46,7 +46,7 @@ pub const EPOCH: Epoch = Epoch {
     probe_gap: 250,
     recheck_gap: 5,
     own_until: 0,
-    own_linger: 0,
+    own_expired: 0,
     class_generation: 7,
     class_validity: 1_000,
     class_patience: 250,
@@ -143,7 +143,6 @@ impl Default for Fixture {
                 class_generation: 1,
                 flags: BYPASS_ANY | BYPASS_TCP,
                 own_until: 3_000,
-                own_linger: 1_900,
                 ..EPOCH
             },
             generations: BTreeMap::new(),

@@ -190,9 +190,18 @@ impl Generation {
         });
     }
 
-    /// How long the entry of a closed own connection may be taken for the next one.
-    pub(super) fn linger(&self, linger: Duration) {
-        self.update(|epoch, clock| epoch.own_linger = clock.ticks(linger));
+    /// Entries of own connections that have been closed for so long are no longer given to others:
+    /// the moment before which they closed, in jiffies.
+    pub(super) fn expire_own(&self, linger: Duration) -> u32 {
+        self.update(|epoch, clock| {
+            epoch.own_expired = clock.now().wrapping_sub(clock.ticks(linger));
+        });
+        self.own_expired()
+    }
+
+    /// That moment, as it was told last.
+    pub(super) fn own_expired(&self) -> u32 {
+        self.value().own_expired
     }
 
     /// Sets the clock anew: ours and the kernel's drift apart.

@@ -12,7 +12,7 @@ use super::{
     Command, LAST_PASSES, LAST_PAUSE, Opening, OwnState,
     commands::{Heard, Received},
     exchange::Exchange,
-    handover::Extent,
+    handover::{Extent, LINGER, Moment},
     ipsec::Policies,
     rules::{Judgement, Rules},
     table::OwnTable,
@@ -33,6 +33,8 @@ const MANY: usize = 4096;
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// How far it reaches.
 const REACH: Duration = Duration::from_secs(3);
+/// How long a program may need from reading what has expired to taking an entry over.
+const PROGRAM: Duration = Duration::from_millis(1);
 /// How long a class holds while few ask.
 const SHORTEST_VALIDITY: Duration = Duration::from_secs(1);
 /// The same, however many there are.
@@ -342,10 +344,23 @@ impl Keeper {
     fn look(&mut self, wanted: Wanted) {
         self.looked = Instant::now();
         self.called = self.exchange.called();
+        let expired = match wanted {
+            Wanted::Due => {
+                let expired = self.generation.expire_own(LINGER);
+                thread::sleep(PROGRAM);
+                expired
+            }
+            // What was told long ago: nothing waits.
+            Wanted::Live | Wanted::All => self.generation.own_expired(),
+        };
         let clock = self.generation.clock();
+        let moment = Moment {
+            clock: &clock,
+            expired,
+        };
         let looked = self.exchange.look(match wanted {
-            Wanted::Due => Extent::Due(&clock),
-            Wanted::Live => Extent::Live(&clock),
+            Wanted::Due => Extent::Due(moment),
+            Wanted::Live => Extent::Live(moment),
             Wanted::All => Extent::All,
         });
         self.held = looked.live + looked.closed;

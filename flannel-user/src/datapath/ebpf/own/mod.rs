@@ -133,7 +133,6 @@ impl OwnFlows {
         let failed = |source| EbpfError::Watch { source };
         let (commands, received) = commands::commands().map_err(failed)?;
         let state = Arc::new(Mutex::new(OwnState::default()));
-        generation.linger(handover::LINGER.saturating_sub(handover::LINGER_MARGIN));
         let keeper = Keeper::new(
             table,
             generation,

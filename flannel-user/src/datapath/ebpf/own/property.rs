@@ -10,7 +10,7 @@ use flannel_ebpf::{
 };
 use proptest::prelude::*;
 
-use super::handover::{Due, Extent, LINGER, LINGER_MARGIN, due};
+use super::handover::{Due, Extent, LINGER, Moment, due};
 use crate::datapath::ebpf::epoch::Clock;
 
 const FIN: u8 = 1;
@@ -108,6 +108,8 @@ impl History {
 /// The table with one tuple, and its agent.
 struct World {
     now: u32,
+    /// What the agent has told programs to leave to it.
+    expired: u32,
     flow: Option<OwnFlow>,
     history: History,
     /// How many connections have opened: tells two of one tuple apart.
@@ -131,7 +133,6 @@ impl World {
     }
 
     fn syn(&mut self, way: Way, may: bool) {
-        let linger = Self::ticks(LINGER.checked_sub(LINGER_MARGIN).expect("less"));
         let Some(flow) = &mut self.flow else {
             if may {
                 self.begin(way);
@@ -144,7 +145,7 @@ impl World {
         if !may {
             return own::leave_to_kernel(flow);
         }
-        match own::meets(flow, self.now, linger) {
+        match own::meets(flow, self.expired) {
             Meeting::Reopens => self.begin(way),
             Meeting::Passes => {}
             Meeting::Refused => own::leave_to_kernel(flow),
@@ -161,11 +162,18 @@ impl World {
 
     fn look(&mut self, live: bool) {
         let clock = Clock::new(self.now);
+        if !live {
+            self.expired = self.now.wrapping_sub(Self::ticks(LINGER));
+        }
+        let moment = Moment {
+            clock: &clock,
+            expired: self.expired,
+        };
         self.decided = self.flow.as_ref().map(|flow| {
             let extent = if live {
-                Extent::Live(&clock)
+                Extent::Live(moment)
             } else {
-                Extent::Due(&clock)
+                Extent::Due(moment)
             };
             (due(flow, extent), self.number)
         });
@@ -190,6 +198,7 @@ impl World {
 fn explore(steps: &[Step]) -> Result<(), TestCaseError> {
     let mut world = World {
         now: u32::MAX - 300, // across the wrap
+        expired: u32::MAX - 300_000,
         flow: None,
         history: History::default(),
         number: 0,
