@@ -19,7 +19,7 @@ use super::{Host, Uplink, UplinkChoice, UplinkError, read};
 use crate::datapath::kernel_events::{self, KernelEvent};
 
 /// A look at the uplink even when nothing was heard.
-const SLOW_LOOK: Duration = Duration::from_secs(10);
+const SLOW_LOOK: Duration = Duration::from_secs(30);
 /// The same while there is no usable uplink: routes are not listened to, they are too many.
 const ANXIOUS_LOOK: Duration = Duration::from_millis(500);
 /// How long the kernel has to be quiet before a look.

@@ -157,6 +157,11 @@ impl Exchange {
         Ok(())
     }
 
+    /// Is there something to tell conntrack soon?
+    pub(super) const fn has_resets(&self) -> bool {
+        !self.resets.is_empty()
+    }
+
     /// Tells conntrack which RST was genuine, of those that programs have told of for a while.
     pub(super) fn tell_resets(&mut self) {
         if self.resets_taken.elapsed() < RESET_UNDER_WAY {

@@ -23,14 +23,15 @@ use crate::datapath::ebpf::epoch::Generation;
 const PERIOD: Duration = Duration::from_millis(100);
 /// The same while they are few: looking costs by the table's size.
 const SLOW_PERIOD: Duration = Duration::from_millis(250);
-/// The same while there are none: the first ones may wait a little.
-const IDLE_PERIOD: Duration = Duration::from_millis(500);
+/// The same while there are none: the first ones may wait, but not until a SYN is sent again. Waking
+/// up is most of what an idle agent does.
+const IDLE_PERIOD: Duration = HEARTBEAT;
 /// How many are few.
 const FEW: usize = 64;
 /// How many are so many that a look each [`PERIOD`] would cost a good part of what they save.
 const MANY: usize = 4096;
 /// How often the heartbeat is renewed.
-const HEARTBEAT: Duration = Duration::from_secs(1);
+const HEARTBEAT: Duration = Duration::from_millis(900);
 /// How far it reaches.
 const REACH: Duration = Duration::from_secs(3);
 /// How long a program may need from reading what has expired to taking an entry over.
@@ -148,6 +149,7 @@ impl Keeper {
             let asks_rules = self.opening == Opening::Classes;
             let period = match self.held {
                 _ if asks_rules && self.rules.are_unread() => PERIOD,
+                _ if self.exchange.has_resets() => PERIOD,
                 0 => IDLE_PERIOD,
                 1..=FEW => SLOW_PERIOD,
                 _ => PERIOD,
